@@ -1,0 +1,259 @@
+"""The transformer: config, attention, MLP, block, model, key-value cache, loading from a checkpoint."""
+import glob
+import math
+import os
+import pickle
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# the paper's shapes: n_layer, n_embd, n_head (Eldan & Li 2023, arXiv 2305.07759)
+SIZES = {"1M": (8, 64, 4), "3M": (8, 128, 4), "8M": (8, 256, 8), "28M": (8, 512, 8), "33M": (4, 768, 12),
+         "1L-21M": (1, 1024, 16), "2L-33M": (2, 1024, 16)}
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 4096
+    block_size: int = 256
+    n_layer: int = 8
+    n_head: int = 4
+    n_embd: int = 128
+    pos: str = "rope"  # rope, alibi, learned or none
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                sys.exit(f"--{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            sys.exit(f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}")
+        if self.pos not in ("rope", "alibi", "learned", "none"):
+            sys.exit(f"--pos={self.pos} is none of rope, alibi, learned, none")
+        if self.pos == "rope" and self.n_embd // self.n_head % 2:
+            sys.exit(f"rope needs an even head size, not {self.n_embd // self.n_head}: change --n_head or --n_embd")
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without weights: the matrix that follows can scale as well."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rope_table(length, size, base=10000.0):
+    """cos and sin, (length, size/2), of position times frequency (Su et al. 2021, arXiv 2104.09864)."""
+    angle = torch.outer(torch.arange(length).float(), base ** (-torch.arange(0, size, 2).float() / size))
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + size/2]) of x (B, T, H, size) by its position's angle, (T, size/2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def alibi_slopes(n_head):
+    """m_h = 2^(-8h/H) for h = 1..H: how steeply head h forgets with distance (Press et al. 2022, arXiv 2108.12409)."""
+    return 2.0 ** (-8.0 * torch.arange(1, n_head + 1) / n_head)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D); causal, unless a mask says otherwise."""
+    T = q.size(2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and mask is None:
+        # torch's fused kernel runs backward slowly here: as two products and a softmax it trains 1.5 times faster
+        scores = (q @ k.transpose(-2, -1)).float() * q.size(-1) ** -0.5
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, mask, past):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).unbind(2)  # (B, T, H, D) each
+        q, k = norm(q), norm(k)  # QK-norm keeps the logits of attention in bounds at high learning rates
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if past is not None:  # this layer's part of the cache, and how many positions of it are filled
+            kv, start = past
+            kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
+            k, v = kv[:, :, :, :start + T]  # (B, H, start + T, D)
+        y = attend(q, k, v, mask)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask, past):
+        x = x + self.attn(norm(x), rope, mask, past)  # (B, T, C)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer: pre-norm, QK-norm, squared-ReLU MLP, no biases, untied head that starts at zero."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.pos == "learned":
+            self.pos_embed = nn.Embedding(config.block_size, config.n_embd)
+        elif config.pos == "rope":
+            cos, sin = rope_table(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        elif config.pos == "alibi":
+            self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
+        for name, p in self.named_parameters():
+            if name.endswith("proj.weight") or name == "head.weight":
+                nn.init.zeros_(p)  # every block starts as the identity, and every token as equally likely
+            elif name.endswith(("fc.weight", "qkv.weight")):
+                nn.init.normal_(p, std=config.n_embd ** -0.5)
+
+    def mask(self, T, start, device):
+        """What T positions after `start` earlier ones may see: a mask for attention, or None where causal will do."""
+        if self.config.pos != "alibi" and (start == 0 or T == 1):
+            return None
+        distance = torch.arange(start, start + T, device=device)[:, None] - torch.arange(start + T, device=device)
+        if self.config.pos != "alibi":
+            return distance >= 0  # (T, start + T)
+        bias = -self.slopes[:, None, None] * distance
+        return bias.masked_fill(distance < 0, -math.inf)  # (H, T, start + T)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Logits (B, T, vocab_size) of token ids (B, T); with `targets` (B, T), the nats each costs, 0 where it is -1.
+
+        With a `cache`, idx continues what the cache has read, and is added to it.
+        """
+        T, start = idx.size(1), cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into a block of {self.config.block_size}")
+        x = self.embed(idx)  # (B, T, C)
+        if self.config.pos == "learned":
+            x = x + self.pos_embed.weight[start:start + T]
+        x = norm(x)
+        rope = (self.cos[start:start + T], self.sin[start:start + T]) if self.config.pos == "rope" else None
+        mask = self.mask(T, start, idx.device)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(x.dtype)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache and (cache.kv[i], start))
+        if cache:
+            cache.length += T
+        logits = self.head(norm(x))
+        if targets is None:
+            return logits
+        nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        return nats.view_as(targets)
+
+    def num_params(self, embedding=True):
+        """Number of weights, with or without those of the token and position embeddings and of the head."""
+        tables = ("embed.weight", "pos_embed.weight", "head.weight")
+        return sum(p.numel() for name, p in self.named_parameters() if embedding or name not in tables)
+
+    def flops_per_token(self):
+        """Training FLOPs per token: 6 per weight of a matrix product (Kaplan et al. 2020, arXiv 2001.08361), and per
+        layer and channel 12 for each key looked at, (T + 1)/2 on average. Looking up an embedding costs none."""
+        c = self.config
+        weights = self.num_params(embedding=False) + c.vocab_size * c.n_embd
+        return 6 * weights + 12 * c.n_layer * c.n_embd * (c.block_size + 1) // 2
+
+
+class Cache:
+    """The keys and values of every layer, (n_layer, 2, B, H, block_size, D), of which `length` positions are filled."""
+
+    def __init__(self, model, batch_size, dtype=None):
+        c, weight = model.config, model.head.weight
+        self.kv = torch.zeros(c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head,
+                              dtype=dtype or weight.dtype, device=weight.device)
+        self.length = 0
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# devices, and loading from a checkpoint
+
+
+def pick_device(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype) to train on: CUDA, then MPS, then CPU; bfloat16 where it is fast, float16 on older
+    GPUs, else float32."""
+    try:
+        device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else
+                              "mps" if torch.backends.mps.is_available() else "cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"--device={device} cannot be used here ({str(e).splitlines()[0]}): try --device=cpu")
+    if dtype != "auto":
+        return device, getattr(torch, dtype)
+    if device.type == "cuda":
+        return device, torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    if device.type == "cpu" and bfloat16_speedup() > 1.5:
+        return device, torch.bfloat16
+    return device, torch.float32
+
+
+def bfloat16_speedup():
+    """How many times faster this CPU multiplies matrices in bfloat16 than in float32: below 1 where it emulates."""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        best[dtype] = min(times)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def find_run(out_dir=""):
+    """`out_dir`, or the folder under out/ whose checkpoint is the newest."""
+    runs = glob.glob(os.path.join("out", "*", "ckpt.pt"))
+    if not out_dir and not runs:
+        sys.exit("no trained model in out/: run python train.py first, or name a folder with --out_dir")
+    return out_dir or os.path.dirname(max(runs, key=os.path.getmtime))
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that train.py saved, from a file or a run's folder."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path) or path} first")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        sys.exit(f"{path} cannot be read ({e.__class__.__name__}), it may be cut off or be no checkpoint: train again")
+
+
+def load_model(path, device="cpu"):
+    """(model in float32, checkpoint) of a run's folder or a checkpoint file."""
+    checkpoint = load_checkpoint(path, device)
+    model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint

@@ -1,0 +1,169 @@
+"""Tell stories with a trained model.
+
+    python sample.py --prompt="Once upon a time"                         one story of the newest run, as it is written
+    python sample.py --num_samples=8 --temperature=1                     eight at once
+    python sample.py --interactive                                       talk to it
+    python sample.py --words="dog, run, red" --features="dialogue"       a model trained with prepare.py --instruct
+"""
+import os
+import sys
+
+import numpy as np
+import torch
+
+from model import Cache, find_run, load_model, pick_device
+from prepare import Parser, file_hash, instruction, load_ranks, make_encoding
+
+
+def pick(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Token ids (B,) from logits (B, V): the most likely at temperature 0, else by the draws (B,) from [0, 1).
+
+    Of the tokens' probabilities stay the `top_k` largest, the largest that together reach `top_p` (nucleus, Holtzman et
+    al. 2020, arXiv 1904.09751), and those at least `min_p` times the largest (Nguyen et al. 2024, arXiv 2407.01082)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)  # (B, V)
+    if top_k:
+        p = p.where(p >= p.topk(min(top_k, p.size(-1))).values[:, -1:], 0)
+    if top_p < 1:
+        ordered, ids = p.sort(descending=True)
+        p = p.scatter(-1, ids, ordered.where(ordered.cumsum(-1) - ordered < top_p * ordered.sum(-1, True), 0))
+    if min_p:
+        p = p.where(p >= min_p * p.amax(-1, keepdim=True), 0)
+    reached = p.cumsum(-1)
+    # the first token at which the summed probability passes the draw
+    return torch.searchsorted(reached, draw[:, None] * reached[:, -1:], right=True)[:, 0].clamp(max=p.size(-1) - 1)
+
+
+@torch.inference_mode()
+def generate(model, ids, max_tokens, seeds, eot, **how):
+    """Yield the next token ids (B,) of B = len(seeds) continuations of `ids` (T,), until all have ended.
+
+    A continuation ends with `eot`, which it then repeats. Each draws from its own seed, so that it is the same in any
+    batch. When the context is full its later half is read again, and the rest forgotten. how: see `pick`."""
+    device, block = model.head.weight.device, model.config.block_size
+    text = torch.tensor([ids], device=device).expand(len(seeds), -1)  # (B, T)
+    draws = torch.stack([torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+    cache, new = Cache(model, len(seeds)), text
+    ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+    for i in range(max_tokens):
+        if cache.length + new.size(1) > block:
+            cache.length, new = 0, text[:, -max(1, block // 2):]
+        token = pick(model(new, cache=cache)[:, -1], draws[:, i], **how)
+        token = torch.where(ended, eot, token)
+        ended |= token == eot
+        yield token
+        if ended.all():
+            return
+        new = token[:, None]
+        text = torch.cat((text, new), 1)
+
+
+def tell(model, encoding, prompt, max_tokens, seeds, **how):
+    """The stories, as lists of token ids without <|endoftext|>, that begin with `prompt`."""
+    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
+    tokens = list(generate(model, ids, max_tokens, seeds, encoding.eot_token, **how))
+    tokens = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(seeds)
+    return [ids[1:] + [t for t in row if t != encoding.eot_token] for row in tokens]
+
+
+def stream(model, encoding, prompt, max_tokens, seed, **how):
+    """Write one story to the terminal as its tokens come; returns its token ids."""
+    ids, pending = [encoding.eot_token] + encoding.encode_ordinary(prompt), b""
+    sys.stdout.write(prompt)
+    for token in generate(model, ids, max_tokens, [seed], encoding.eot_token, **how):
+        if token.item() != encoding.eot_token:
+            ids.append(token.item())
+            pending += encoding.decode_single_token_bytes(token.item())
+            try:  # a character may be spread over several tokens
+                sys.stdout.write(pending.decode("utf-8"))
+                pending = b""
+            except UnicodeDecodeError:
+                continue
+            sys.stdout.flush()
+    print(pending.decode("utf-8", "replace"))
+    return ids[1:]
+
+
+def interact(model, encoding, args, how):
+    """Read beginnings from the terminal and go on with them; a line like /temperature=0.5 changes a setting."""
+    settings = {**how, "max_tokens": args.max_tokens, "seed": args.seed}
+    print("Type how a story begins, and the model goes on; an empty line lets it begin. /temperature=0.5 and the like\n"
+          "change settings, / shows them, Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        name, _, value = line[1:].strip().partition("=")
+        if not line.startswith("/"):
+            options = {key: value for key, value in settings.items() if key not in ("max_tokens", "seed")}
+            try:
+                stream(model, encoding, line, settings["max_tokens"], settings["seed"], **options)
+            except KeyboardInterrupt:
+                print()
+            settings["seed"] += 1
+        elif name:
+            try:
+                settings[name] = type(settings[name])(value)
+            except (KeyError, ValueError):
+                print(f"/{name}={value} is no setting: they are {', '.join(settings)}")
+        else:
+            print("  ".join(f"/{key}={value}" for key, value in settings.items()))
+
+
+def main(argv=None):
+    parser = Parser(__doc__.split("\n")[0])
+    parser.option("out_dir", "", "the run's folder (default: the newest under out/)")
+    parser.option("prompt", "", "how the stories begin")
+    parser.option("prompt_file", "", "a file with how they begin")
+    parser.option("num_samples", 1, "stories, written in one batch")
+    parser.option("max_tokens", 500, "longest story")
+    parser.option("temperature", 0.8, "0 always takes the likeliest token, 1 draws as the model believes")
+    parser.option("top_k", 0, "draw from the k likeliest tokens only (0: all)")
+    parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability")
+    parser.option("min_p", 0.0, "draw from tokens at least this many times as likely as the likeliest")
+    parser.option("words", "", "words to use (for a model trained on instructions)")
+    parser.option("features", "", "features to have, such as dialogue (likewise)")
+    parser.option("summary", "", "what happens (likewise)")
+    parser.option("interactive", False, "talk to the model")
+    parser.option("out", False, "write the stories to samples.bin in the run's folder, not to the terminal")
+    parser.option("seed", 1, "of the first story; the next has the next seed")
+    parser.option("device", "auto", "auto, cpu, cuda or mps")
+    args = parser.parse_args(argv)
+    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+    if args.temperature < 0 or args.num_samples < 1 or args.max_tokens < 1:
+        sys.exit("--temperature must be 0 or more, --num_samples and --max_tokens 1 or more")
+    out_dir = find_run(args.out_dir)
+    device, _ = pick_device(args.device)
+    model, checkpoint = load_model(out_dir, device)
+    encoding = make_encoding(load_ranks(out_dir))
+    if file_hash(os.path.join(out_dir, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
+        sys.exit(f"{out_dir}/tokenizer.tiktoken is not the one this model was trained with: copy it from its dataset")
+    prompt = args.prompt
+    if args.prompt_file:
+        try:
+            with open(args.prompt_file, encoding="utf-8") as f:
+                prompt = f.read().rstrip()
+        except (OSError, UnicodeError) as e:
+            sys.exit(f"cannot read --prompt_file={args.prompt_file}: {e}")
+    fields = {name: getattr(args, name) for name in ("features", "words", "summary") if getattr(args, name)}
+    if fields:
+        prompt = instruction(fields) + prompt
+    if args.interactive:
+        return interact(model, encoding, args, how)
+    seeds = range(args.seed, args.seed + args.num_samples)
+    if args.num_samples == 1 and not args.out:
+        return stream(model, encoding, prompt, args.max_tokens, args.seed, **how)
+    stories = tell(model, encoding, prompt, args.max_tokens, seeds, **how)
+    if args.out:
+        path, eot = os.path.join(out_dir, "samples.bin"), encoding.eot_token
+        np.array([t for story in stories for t in [eot] + story] + [eot], "<u2").tofile(path + ".tmp")
+        os.replace(path + ".tmp", path)
+        print(f"{len(stories)} stories written to {path}")
+    else:
+        print("\n\n---\n\n".join(encoding.decode(story) for story in stories))
+
+
+if __name__ == "__main__":
+    main()

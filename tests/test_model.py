@@ -1,0 +1,189 @@
+"""model.py: what a causal language model must satisfy, and agreement with one written in NumPy."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, SIZES, Cache, GPTConfig, alibi_slopes, load_checkpoint, pick_device, rope_table, rotate
+
+POSITIONS = ("rope", "alibi", "learned", "none")
+
+
+def make_model(seed=0, **settings):
+    """A small model whose zero-initialised weights are random instead, so that every part has an effect."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**dict(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=32), **settings}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_a_later_token_never_changes_an_earlier_logit(pos):
+    model, idx = make_model(pos=pos), tokens(2, 32)
+    changed = idx.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 97
+    before, after = model(idx), model(changed)
+    assert torch.allclose(before[:, :20], after[:, :20], atol=1e-5)
+    assert (before[:, 20] - after[:, 20]).abs().max() > 1e-2
+
+
+def test_loss_at_the_start_is_that_of_a_blind_guess():
+    model = GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=2, n_head=2, n_embd=32))
+    assert model(tokens(4, 32), tokens(4, 32, seed=2)).mean().item() == pytest.approx(math.log(97), abs=1e-4)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_cached_logits_equal_plain_ones(pos):
+    """Read in pieces through the cache (several tokens, then one at a time) as at once."""
+    model, idx = make_model(pos=pos), tokens(3, 32)
+    with torch.no_grad():
+        plain, cache = model(idx), Cache(model, 3)
+        pieces = [model(piece, cache=cache) for piece in idx.split([9, 7, 1, 1, 1, 13], dim=1)]
+    assert cache.length == 32
+    assert torch.allclose(torch.cat(pieces, 1), plain, atol=1e-4)
+    with pytest.raises(ValueError, match="33 tokens do not fit"):
+        model(idx[:, :1], cache=cache)
+
+
+def test_alibi_slopes_are_the_published_ones():
+    assert alibi_slopes(8).tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+
+
+def test_rope_depends_on_the_distance_alone():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    cos, sin = rope_table(64, 16)
+    def product(i, j):
+        return (rotate(q, cos[i:i + 1], sin[i:i + 1]) * rotate(k, cos[j:j + 1], sin[j:j + 1])).sum().item()
+    assert product(10, 3) == pytest.approx(product(57, 50), abs=1e-4)
+    assert product(10, 3) != pytest.approx(product(10, 4), abs=1e-4)
+    assert rotate(q, cos[5:6], sin[5:6]).norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
+
+
+def test_one_batch_can_be_overfitted():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=32))
+    idx = tokens(4, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss = model(idx[:, :-1], idx[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_agrees_with_an_independent_implementation(pos):
+    """The same weights in NumPy, float64, one token and one head at a time, straight from the formulas."""
+    model, idx = make_model(pos=pos), tokens(1, 12)
+    w = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
+    heads, size = 4, 8
+
+    def rms(x):
+        return x / math.sqrt(np.mean(x * x) + np.finfo(np.float32).eps)
+
+    def turn(x, position):
+        out = x.copy()
+        for i in range(size // 2):
+            angle = position * 10000.0 ** (-2 * i / size)
+            a, b = x[i], x[i + size // 2]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + size // 2] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    x = [w["embed.weight"][t] for t in idx[0].tolist()]
+    if pos == "learned":
+        x = [row + w["pos_embed.weight"][i] for i, row in enumerate(x)]
+    x = [rms(row) for row in x]
+    for layer in range(3):
+        get = lambda name: w[f"blocks.{layer}.{name}.weight"]
+        qkv = [get("attn.qkv") @ rms(row) for row in x]
+        mixed = []
+        for i in range(len(x)):
+            row = []
+            for h in range(heads):
+                part = lambda j, which: qkv[j][which * 32 + h * size:which * 32 + (h + 1) * size]
+                place = turn if pos == "rope" else lambda v, position: v
+                q = place(rms(part(i, 0)), i)
+                scores = np.array([q @ place(rms(part(j, 1)), j) / math.sqrt(size) for j in range(i + 1)])
+                if pos == "alibi":
+                    scores -= 2.0 ** (-8 * (h + 1) / heads) * (i - np.arange(i + 1))
+                p = np.exp(scores - scores.max())
+                row.append(sum(p[j] / p.sum() * part(j, 2) for j in range(i + 1)))
+            mixed.append(get("attn.proj") @ np.concatenate(row))
+        x = [a + b for a, b in zip(x, mixed)]
+        x = [row + get("mlp.proj") @ np.maximum(get("mlp.fc") @ rms(row), 0) ** 2 for row in x]
+    logits = np.stack([w["head.weight"] @ rms(row) for row in x])
+    assert np.allclose(model(idx)[0].detach().numpy(), logits, atol=1e-4)
+
+
+def test_the_fast_attention_of_bfloat16_agrees_with_the_plain_one():
+    """On CPU, training in bfloat16 takes products and a softmax instead of the fused kernel."""
+    model, idx = make_model(), tokens(2, 33)
+    def loss_and_gradient(dtype):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(idx[:, :-1], idx[:, 1:]).mean()
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+    (plain, plain_grad), (fast, fast_grad) = loss_and_gradient(torch.float32), loss_and_gradient(torch.bfloat16)
+    assert fast == pytest.approx(plain, rel=5e-3)
+    assert torch.cosine_similarity(plain_grad, fast_grad, dim=0) > 0.999
+
+
+def test_targets_of_minus_one_cost_nothing():
+    model, idx, targets = make_model(), tokens(2, 8), tokens(2, 8, seed=2)
+    nats = model(idx, targets)
+    expected = -model(idx).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    assert nats.shape == (2, 8) and torch.allclose(nats, expected, atol=1e-5)
+    targets[0, 3] = -1
+    assert model(idx, targets)[0, 3] == 0
+
+
+def test_parameters_and_flops_are_counted():
+    c = GPTConfig(vocab_size=4096, block_size=256, n_layer=8, n_head=4, n_embd=128)
+    model = GPT(c)
+    assert model.num_params(embedding=False) == 8 * 12 * 128**2
+    assert model.num_params() == 8 * 12 * 128**2 + 2 * 4096 * 128
+    attention = 8 * 128 * sum(range(1, 257)) / 256 * 4 * 3  # scores and mixing, 2 FLOPs each, forward and twice back
+    assert model.flops_per_token() == 6 * (8 * 12 * 128**2 + 4096 * 128) + attention
+
+
+def test_the_papers_shapes_are_valid():
+    for layers, width, heads in SIZES.values():
+        GPTConfig(n_layer=layers, n_embd=width, n_head=heads)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(n_embd=100, n_head=3), "--n_embd=100 is no multiple of --n_head=3"),
+    (dict(n_embd=12, n_head=4), "even head size, not 3"),
+    (dict(n_layer=0), "--n_layer=0 must be at least 1"),
+    (dict(pos="cosine"), "--pos=cosine is none of"),
+])
+def test_invalid_shapes_end_in_one_line(settings, expected):
+    with pytest.raises(SystemExit, match=expected):
+        GPTConfig(**settings)
+
+
+def test_bad_checkpoints_end_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="run python train.py"):
+        load_checkpoint(str(tmp_path))
+    model = make_model()
+    torch.save({"model": model.state_dict()}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for content in (b"", b"no checkpoint", whole[:len(whole) // 2]):
+        (tmp_path / "ckpt.pt").write_bytes(content)
+        with pytest.raises(SystemExit, match="ckpt.pt cannot be read"):
+            load_checkpoint(str(tmp_path))
+
+
+def test_a_device_that_is_not_there_ends_in_one_line():
+    with pytest.raises(SystemExit, match="--device=cuda:99 cannot be used here.*--device=cpu"):
+        pick_device("cuda:99")
+    assert pick_device("cpu", "float32") == (torch.device("cpu"), torch.float32)

@@ -1,0 +1,376 @@
+"""prepare.py: bins that hold exactly the stories, tokenizers that lose nothing, and downloads that break off."""
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+
+import prepare
+from conftest import make_stories, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+def read_back(dataset, split):
+    """The stories that a bin holds, and whether <|endoftext|> stands before each and after the last."""
+    tokens, encoding = prepare.load_tokens(dataset, split), prepare.load_tokenizer(dataset)
+    cuts = np.flatnonzero(tokens == encoding.eot_token)
+    assert cuts[0] == 0 and cuts[-1] == len(tokens) - 1
+    return [encoding.decode(tokens[a + 1:b].tolist()) for a, b in zip(cuts, cuts[1:])]
+
+
+# --- the bins -----------------------------------------------------------------------------------------------------
+
+
+def test_bins_hold_exactly_the_stories_in_order(workplace):
+    train, val = [r["story"] for r in make_stories(120)], [r["story"] for r in make_stories(130)[120:]]
+    for name, stories in (("train", train), ("valid", val)):
+        (workplace / f"{name}.txt").write_text("".join(f"{s}\n<|endoftext|>\n" for s in stories), encoding="utf-8")
+    prepare.main(["--dataset=x", f"--input={workplace}", "--vocab_size=400"])
+    assert read_back("x", "train") == train
+    assert read_back("x", "val") == val
+    meta = prepare.load_meta("x")
+    assert meta["train"]["stories"] == 120 and meta["val"]["stories"] == 10
+    assert meta["val"]["bytes"] == sum(len(s.encode()) for s in val)
+    assert meta["val"]["tokens"] == os.path.getsize("data/x/val.bin") / 2
+    assert meta["vocab_size"] == 400 and meta["eot"] == 399
+    assert meta["train"]["sha256"] == prepare.file_hash("data/x/train.bin")
+
+
+def test_jsonl_and_text_give_the_same_bins(workplace):
+    stories = make_stories(150)
+    write_jsonl(workplace / "a.jsonl", [{"story": r["story"]} for r in stories])
+    (workplace / "b.txt").write_text("<|endoftext|>\n".join(r["story"] + "\n" for r in stories), encoding="utf-8")
+    for name, file in (("a", "a.jsonl"), ("b", "b.txt")):
+        prepare.main([f"--dataset={name}", f"--input={file}", "--val_fraction=0.2"])
+    a, b = prepare.load_meta("a"), prepare.load_meta("b")
+    assert a["train"] == b["train"] and a["val"] == b["val"] and a["val"]["stories"] > 10
+
+
+def test_a_story_never_changes_side(workplace):
+    """More stories, in another order, with another case: those that were in val are in val still."""
+    stories = make_stories(200)
+    write_jsonl(workplace / "data/small/s.jsonl", stories[:100])
+    shuffled = random.Random(1).sample(stories, 200)
+    write_jsonl(workplace / "data/large/s.jsonl", [{"story": r["story"].upper()} for r in shuffled])
+    for name in ("small", "large"):
+        prepare.main([f"--dataset={name}", "--val_fraction=0.2"])
+    small, large = ({s.upper() for s in read_back(name, "val")} for name in ("small", "large"))
+    assert 5 < len(small) < len(large)
+    assert small == large & {r["story"].upper() for r in stories[:100]}
+
+
+def test_a_records_own_split_is_kept(workplace):
+    stories = make_stories(40)
+    write_jsonl(workplace / "data/x/s.jsonl", [{**r, "split": "val" if i % 4 == 0 else "train"}
+                                               for i, r in enumerate(stories)])
+    prepare.main(["--dataset=x"])
+    assert read_back("x", "val") == [r["story"] for r in stories[::4]]
+
+
+def test_max_stories_keeps_the_first(workplace):
+    write_jsonl(workplace / "train.jsonl", make_stories(50))
+    write_jsonl(workplace / "val.jsonl", make_stories(60)[50:])
+    prepare.main(["--dataset=x", f"--input={workplace}", "--max_stories=7"])
+    assert read_back("x", "train") == [r["story"] for r in make_stories(7)]
+    assert len(read_back("x", "val")) == 10
+
+
+# --- cleaning -----------------------------------------------------------------------------------------------------
+
+
+def test_cleaning_removes_what_is_broken_and_counts_it(workplace, capsys):
+    good = [r["story"] for r in make_stories(30)]
+    held = [r["story"] for r in make_stories(35)[30:]]
+    broken = good[0].replace("“", "â€œ").replace("”", "â€\x9d").replace("took", "brought")
+    train = good + ["", "Too short.", good[1][:-1] + " and", "  " + good[2].upper(), held[0].replace("“", '"'), broken]
+    write_jsonl(workplace / "train.jsonl", [{"story": s} for s in train])
+    write_jsonl(workplace / "valid.jsonl", [{"story": s} for s in held])
+    prepare.main(["--dataset=x", f"--input={workplace}"])
+    assert read_back("x", "train") == good + [good[0].replace("took", "brought")]
+    assert read_back("x", "val") == held
+    assert prepare.load_meta("x")["cleaning"] == {
+        "UTF-8 read as cp1252: repaired": 1, "empty: removed": 1, "under 100 characters: removed": 1,
+        "no final punctuation: removed": 1, "copies in train: removed": 1, "in train and in val: removed": 1}
+    assert "1 copies in train: removed" in capsys.readouterr().out
+    prepare.main(["--dataset=x", f"--input={workplace}", "--clean=False"])
+    assert read_back("x", "train") == [s for s in train if s]
+
+
+@pytest.mark.parametrize("text", ["don’t", "“Hi,” she said…", "café über naïve", "¡olé! 5 £ – 3 €", "日本 🙂"])
+def test_repair_undoes_a_wrong_decoding_and_leaves_right_text_alone(text):
+    misread = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in text.encode())
+    assert prepare.repair(misread) == text
+    assert prepare.repair(text) == text
+
+
+# --- instructions and labels --------------------------------------------------------------------------------------
+
+
+def test_instructions_stand_before_the_story_and_hold_out_a_pair_in_train():
+    seen = Counter()
+    for record in make_stories(400):
+        for split in ("train", "val"):
+            told = prepare.instruct(record, split, ["words", "summary"], seed=1)
+            head, story = told["story"].split("Story:\n")
+            assert story == record["story"] and told == prepare.instruct(record, split, ["words", "summary"], seed=1)
+            fields = [line.split(":")[0] for line in head.splitlines()]
+            seen[split, "Words" in fields and "Summary" in fields] += 1
+            seen.update(fields + [tuple(fields[:2])])
+            for span in told["spans"]:
+                assert told["story"][span["start"]:span["end"]] in ("ball", "kite", "hat", "boat", "drum", "cake")
+            for line in head.splitlines():
+                if line.startswith("Random sentence: "):
+                    assert line.split(": ", 1)[1] in story
+    assert seen["train", True] == 0 < seen["val", True]
+    assert min(seen[name] for name in ("Features", "Words", "Summary", "Random sentence")) > 100
+    assert seen["Words", "Features"] and seen["Features", "Words"]  # in any order
+
+
+def test_labels_fall_on_exactly_the_tokens_of_the_marked_word(in_prepared):
+    tokens, labels = prepare.load_tokens("tiny", "val"), prepare.load_tokens("tiny", "val.skills")
+    encoding = prepare.load_tokenizer("tiny")
+    stories = {r["story"]: r["spans"][0] for r in make_stories(300)}
+    cuts = np.flatnonzero(tokens == encoding.eot_token)
+    assert len(tokens) == len(labels) and set(labels) == {0, 4}
+    for a, b in zip(cuts, cuts[1:]):
+        story = encoding.decode(tokens[a + 1:b].tolist())
+        marked = tokens[a + 1:b][labels[a + 1:b] == prepare.SKILLS.index("reasoning")]
+        span = stories[story]
+        assert encoding.decode(marked.tolist()).strip() == story[span["start"]:span["end"]]
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+CORPUS = "\n".join(r["story"] for r in make_stories(300)) + " aaaa aaaaaa bananana 12 12.5 don't I'll   ½ _x_ \n\n end"
+UNSEEN = "Zoë's 3 bananas aren't aaaaaaa here…\n\tShe'll   jump, the tiny drummer said: “Olé!” 日本 🙂 _ok_ 1½ "
+
+
+def test_bpe_agrees_with_an_independent_trainer():
+    """Hugging Face's trainer makes the same merges in the same order, and the same ids of unseen text."""
+    words = Counter(word.encode() for word in regex.findall(prepare.WORDS, CORPUS))
+    ours = prepare.train_bpe(words, 700)
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator([CORPUS], tokenizers.trainers.BpeTrainer(
+        vocab_size=699, min_frequency=2, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    alphabet = dict(zip(sorted(ByteLevel.alphabet()), map(bytes, ([b] for b in prepare.BYTES))))
+    expected = {b"".join(alphabet[c] for c in token): i for token, i in theirs.get_vocab().items()}
+    assert ours == expected and len(ours) > 400
+    assert prepare.make_encoding(ours).encode_ordinary(UNSEEN) == theirs.encode(UNSEEN).ids
+
+
+def test_trimming_keeps_the_most_used_tokens_and_every_text():
+    """GPT-2's way: of a larger vocabulary, the most used tokens and what they are merged from."""
+    words = Counter(word.encode() for word in regex.findall(prepare.WORDS, CORPUS))
+    large = prepare.train_bpe(words, 700)
+    text = "The kite and the boat. " * 5 + "A drum."
+    used = Counter(prepare.make_encoding(large).encode_ordinary(text))
+    small = prepare.trim_bpe(large, used, 300)
+    assert len(small) <= 299 and set(small) <= set(large) and sorted(small.values()) == list(range(len(small)))
+    for token in small:
+        assert len(token) == 1 or all(part in small for part in prepare.parts_of(token, large))
+    assert b" kite" in small and b" cake" not in small
+    encoding = prepare.make_encoding(small)
+    for line in (CORPUS, UNSEEN, text):
+        assert encoding.decode(encoding.encode_ordinary(line)) == line
+    assert len(encoding.encode_ordinary(text)) == used.total()  # what is kept is still reached by merging
+
+
+def test_every_text_round_trips(in_prepared):
+    encoding, draw = prepare.load_tokenizer("tiny"), random.Random(3)
+    for _ in range(200):
+        text = "".join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(0xA0, 0xD800), 10, 0x1F600)))
+                       for _ in range(draw.randrange(40)))
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_a_tokenizer_can_be_shared(workplace):
+    write_jsonl(workplace / "data/a/s.jsonl", make_stories(100))
+    write_jsonl(workplace / "data/b/s.jsonl", make_stories(100, seed=5))
+    prepare.main(["--dataset=a", "--val_fraction=0.1"])
+    prepare.main(["--dataset=b", "--val_fraction=0.1", "--tokenizer=a"])
+    assert prepare.load_meta("a")["tokenizer"]["sha256"] == prepare.load_meta("b")["tokenizer"]["sha256"]
+
+
+# --- bad input, and bins that do not fit ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file, content, expected", [
+    ("s.txt", b"Once upon a time\x92", "s.txt line 1 is not UTF-8"),
+    ("s.jsonl", b'{"story": "Hi."}\n{"story": ', "s.jsonl line 2 is no JSON object"),
+    ("s.jsonl", b'{"text": "Hi."}\n', "s.jsonl line 1 is no JSON object"),
+    ("s.jsonl", b'["story"]\n', "s.jsonl line 1 is no JSON object"),
+    ("s.txt", b"", "no story for train"),
+    ("s.md", b"Once.", "no .txt or .jsonl file"),
+])
+def test_bad_input_ends_in_one_line(workplace, file, content, expected):
+    (workplace / file).write_bytes(content)
+    with pytest.raises(SystemExit, match=expected):
+        prepare.main(["--dataset=x", f"--input={workplace}"])
+    assert not os.path.exists("data/x/meta.json")
+
+
+def test_a_mistyped_option_is_refused_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as error:
+        prepare.main(["--max_storys=3"])
+    assert error.value.code == 2 and "did you mean --max_stories?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main(["--max=3"])  # no abbreviations
+    with pytest.raises(SystemExit, match="must lie between 257"):
+        prepare.main(["--vocab_size=70000"])
+
+
+def test_a_workers_error_reaches_the_user(workplace):
+    story = {**make_stories(1)[0], "split": "val"}
+    story["spans"][0]["skill"] = "juggling"
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(9) + [story])
+    with pytest.raises(SystemExit, match="juggling': known are grammar"):
+        prepare.main(["--dataset=x", "--clean=False"])
+
+
+def test_readers_notice_bins_that_are_cut_off_or_mixed_up(workplace):
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(60))
+    prepare.main(["--dataset=x", "--val_fraction=0.2"])
+    tokens = os.path.getsize("data/x/train.bin") // 2
+    os.truncate("data/x/train.bin", 24)
+    with pytest.raises(SystemExit, match=f"train.bin has 12 tokens, meta.json says {tokens:,}: .*--dataset=x"):
+        prepare.load_tokens("x", "train")
+    with open("data/x/tokenizer.tiktoken", "a") as f:
+        f.write("YWFh 999\n")
+    with pytest.raises(SystemExit, match="tokenizer.tiktoken is not the one"):
+        prepare.load_meta("x")
+    with pytest.raises(SystemExit, match="no dataset in data/y: run python prepare.py --dataset=y"):
+        prepare.load_meta("y")
+
+
+def test_a_killed_run_leaves_the_earlier_bins(workplace):
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(60))
+    prepare.main(["--dataset=x", "--val_fraction=0.2"])
+    before = read_back("x", "train")
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True)
+    while process.poll() is None and not os.path.exists("data/x/train.bin.tmp"):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert read_back("x", "train") == before
+
+
+# --- download -----------------------------------------------------------------------------------------------------
+
+FILE = bytes(random.Random(0).randbytes(300_000))
+
+
+@pytest.fixture
+def server():
+    """A real HTTP server that serves FILE, and misbehaves as told by `server.faults`, one a request."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.ranges.append(self.headers.get("Range"))
+            fault = self.server.faults.pop(0) if self.server.faults else ""
+            if fault in (503, 404):
+                return self.send_error(fault)
+            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            start = 0 if fault == "ignores Range" else start
+            if start >= len(FILE):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(FILE) + 50 * (fault == 'claims more')}")
+                return self.end_headers()
+            body = FILE[start:]
+            claimed = len(body) + 50 * (fault == "claims more")
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")
+            self.send_header("Content-Length", str(claimed))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if fault == "breaks off" else body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.faults, server.ranges, server.url = [], [], f"http://127.0.0.1:{server.server_port}/file"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(server, path):
+    prepare.download(server.url, str(path), retries=3, wait=0.01)
+    assert not os.path.exists(f"{path}.part")
+    return path.read_bytes()
+
+
+def test_download_goes_on_where_it_broke_off(server, tmp_path):
+    server.faults += ["breaks off", "breaks off", 503, 503]
+    assert fetch(server, tmp_path / "f") == FILE
+    assert server.ranges == [None, "bytes=150000-"] + 3 * ["bytes=225000-"]
+
+
+def test_download_goes_on_after_an_earlier_run(server, tmp_path):
+    (tmp_path / "f.part").write_bytes(FILE[:1000])
+    assert fetch(server, tmp_path / "f") == FILE
+    assert server.ranges == ["bytes=1000-"]
+    (tmp_path / "g.part").write_bytes(FILE)  # all there, but not yet renamed
+    assert fetch(server, tmp_path / "g") == FILE
+
+
+def test_download_from_a_server_without_ranges(server, tmp_path):
+    server.faults += ["breaks off", "ignores Range"]
+    assert fetch(server, tmp_path / "f") == FILE
+
+
+def test_download_with_a_length_that_is_a_lie(server, tmp_path):
+    server.faults += ["claims more"]  # once: asked for the rest, it admits that there is none
+    assert fetch(server, tmp_path / "f") == FILE
+    server.faults += 20 * ["claims more"]  # always: a file of another length is never taken for whole
+    with pytest.raises(SystemExit, match="cannot download"):
+        fetch(server, tmp_path / "g")
+    assert not (tmp_path / "g").exists() and len(server.ranges) < 12
+
+
+def test_download_gives_up_in_one_line(server, tmp_path):
+    server.faults += 4 * [503]
+    with pytest.raises(SystemExit, match="the server says 503.*--input=FILE.*python world.py"):
+        fetch(server, tmp_path / "f")
+    assert len(server.ranges) == 4
+    server.faults += [404]
+    with pytest.raises(SystemExit, match="404.*--url"):
+        fetch(server, tmp_path / "f")
+
+
+def test_no_network(tmp_path):
+    with pytest.raises(SystemExit, match="--input=FILE.*python world.py"):
+        prepare.download("http://127.0.0.1:9/file", str(tmp_path / "f"), retries=2, wait=0.01)
+
+
+def test_tinystories_is_downloaded_and_prepared(workplace, monkeypatch):
+    """The whole of --dataset=tinystories, from a server that holds the two files under their published names."""
+    for name, stories in zip(prepare.VERSIONS[2], (make_stories(100), make_stories(110)[100:])):
+        (workplace / "served").mkdir(exist_ok=True)
+        (workplace / "served" / name).write_text("\n<|endoftext|>\n".join(r["story"] for r in stories), encoding="utf-8")
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(workplace / "served"))
+        def log_message(self, *args):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        prepare.main(["--dataset=tinystories", f"--url=http://127.0.0.1:{server.server_port}"])
+        server.shutdown()
+    assert read_back("tinystories", "train") == [r["story"] for r in make_stories(100)]
+    assert [f["file"] for f in json.load(open("data/tinystories/meta.json"))["source"]] == list(prepare.VERSIONS[2])

@@ -1,0 +1,430 @@
+"""Train a model on a prepared dataset.
+
+    python train.py --dataset=tinystories --size=3M --max_minutes=60
+    python train.py --n_layer=8 --n_embd=512
+    python train.py --dataset=a:0.3,b:0.7                a mix of datasets that share a tokenizer
+    torchrun --nproc_per_node=2 train.py                 several GPUs or processes
+    python train.py … --resume                           the same command goes on where it was stopped
+
+Writes out/<run>/ckpt.pt and log.jsonl; ends with lines of `name: value`.
+"""
+import ctypes
+import functools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from eval import evaluate
+from model import GPT, SIZES, GPTConfig, load_checkpoint, pick_device
+from prepare import Parser, load_meta, load_tokenizer, load_tokens
+from sample import tell
+
+# dense bfloat16 FLOP/s that the makers give for their cards, for the share that is reached (MFU)
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+         "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+
+
+def command_line():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.option("dataset", "world", "folder under data/, or a mix: name:weight,name:weight")
+    parser.option("out_dir", "", "where the run is written (default: out/<dataset>-<layers>x<width>)")
+    parser.option("size", "", "a shape of the paper: " + ", ".join(SIZES), choices=["", *SIZES])
+    parser.option("n_layer", 4, "layers")
+    parser.option("n_embd", 128, "width")
+    parser.option("n_head", None, "attention heads (default: n_embd / 64)", type=int)
+    parser.option("block_size", 256, "tokens of context")
+    parser.option("pos", "rope", "how positions are told apart", choices=("rope", "alibi", "learned", "none"))
+    parser.option("optimizer", "muon", "muon for the blocks' matrices with adamw for the rest, or adamw alone",
+                  choices=("muon", "adamw"))
+    parser.option("lr", None, "highest learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float)
+    parser.option("weight_decay", 0.1, "of the blocks' matrices")
+    parser.option("schedule", "wsd", "constant, cosine, or wsd: constant, then linear to zero over --cooldown",
+                  choices=("constant", "cosine", "wsd"))
+    parser.option("warmup", 0.02, "share of the run in which the learning rate rises")
+    parser.option("cooldown", 0.6, "share of the run in which wsd lowers it")
+    parser.option("clip", 1.0, "largest norm of the gradient (0: no limit)")
+    parser.option("batch_tokens", 4096, "tokens a step, over all processes")
+    parser.option("batch_size", 32, "rows that go through the model at once, at most; the rest of a step follows")
+    parser.option("max_steps", 0, "length of the run, in steps")
+    parser.option("max_tokens", 0, "… in tokens")
+    parser.option("max_minutes", 0.0, "… in minutes, counted from the end of the first step, which compiles")
+    parser.option("evals", 10, "evaluations, each with a sample and a checkpoint, evenly over the run")
+    parser.option("eval_stories", 2000, "stories that those score; the one at the end scores the whole file")
+    parser.option("log_interval", 10, "steps between two lines of the log")
+    parser.option("keep", "", "log: also keep the weights of steps 1, 2, 4, 8, …", choices=("", "log"))
+    parser.option("init_from", "", "start from another run's weights")
+    parser.option("resume", False, "go on with this run")
+    parser.option("device", "auto", "auto, cpu, cuda or mps")
+    parser.option("dtype", "auto", "auto, float32, bfloat16 or float16",
+                  choices=("auto", "float32", "bfloat16", "float16"))
+    parser.option("compile", "auto", "auto, True or False", choices=("auto", "True", "False"))
+    parser.option("seed", 1, "of weights and data order")
+    return parser
+
+
+# what may differ between a run and its continuation
+FREE = ("out_dir", "max_steps", "max_tokens", "max_minutes", "evals", "eval_stories", "log_interval", "keep", "resume",
+        "device", "dtype", "compile", "batch_size", "init_from", "size")
+
+# -----------------------------------------------------------------------------------------------------------------
+# data
+
+
+def parse_mix(text):
+    """{"a": 0.3, "b": 0.7} from "a:3,b:7": weights are made to sum to one."""
+    try:
+        parts = [part.partition(":") for part in text.split(",")]
+        weights = {name: float(weight or 1) for name, _, weight in parts}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    except (ValueError, ZeroDivisionError):
+        sys.exit(f"--dataset={text} is neither a name nor name:weight,name:weight")
+
+
+@functools.lru_cache(4)
+def block_order(blocks, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(blocks)
+
+
+def read_rows(tokens, length, first, count, seed):
+    """Rows `first` to `first + count` of an endless walk over the blocks of `tokens`: (count, length + 1) int64.
+
+    Each epoch visits every block of `length` tokens once, in an order that follows from the seed and the epoch. A row
+    has one token more, the last target, with which the next block begins."""
+    blocks = (len(tokens) - 1) // length
+    rows = np.empty((count, length + 1), np.int64)
+    for i in range(count):
+        epoch, place = divmod(first + i, blocks)
+        start = block_order(blocks, seed, epoch)[place] * length
+        rows[i] = tokens[start:start + length + 1]
+    return rows
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# optimizer and schedule
+
+
+def make_optimizers(model, args):
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for the tables, or AdamW for all.
+
+    Embeddings get no weight decay; the head learns at 0.4 times the rate under Muon."""
+    matrices = list(model.blocks.parameters())
+    head = [model.head.weight]
+    tables = [p for name, p in model.named_parameters() if name in ("embed.weight", "pos_embed.weight")]
+    assert len(matrices + head + tables) == len(list(model.parameters())), "a weight has no optimizer"
+    fused = dict(betas=(0.9, 0.95), fused=model.head.weight.device.type == "cuda")
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": head + tables, "weight_decay": 0.0}], lr=args.lr, **fused)]
+    return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay),
+            torch.optim.AdamW([{"params": head, "lr": 0.4 * args.lr}, {"params": tables}], lr=args.lr,
+                              weight_decay=0.0, **fused)]
+
+
+def learning_rate(progress, args):
+    """The factor on the highest learning rate after `progress` (0 to 1) of the run."""
+    if progress < args.warmup:
+        return progress / args.warmup
+    if args.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (progress - args.warmup) / (1 - args.warmup)))
+    if args.schedule == "wsd":
+        return min(1.0, (1 - progress) / args.cooldown)
+    return 1.0
+
+
+def keep_large_blocks():
+    """Tell glibc to keep freed memory instead of handing it back and fetching it again each step: 1.2 times faster."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except OSError:
+        return  # not Linux
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-2, 1 << 28)  # M_TOP_PAD
+
+
+def save(checkpoint, path):
+    """Write under a temporary name, flush, rename: whenever this is cut off, `path` holds a whole checkpoint."""
+    with open(path + ".tmp", "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def main(argv=None):
+    args = command_line().parse_args(argv)
+    if args.size:
+        args.n_layer, args.n_embd, heads = SIZES[args.size]
+        args.n_head = args.n_head or heads
+    args.n_head = args.n_head or max(1, args.n_embd // 64)
+    args.lr = args.lr or {"muon": 0.02, "adamw": 0.002}[args.optimizer]
+    if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_minutes)) > 1:
+        sys.exit("give only one of --max_steps, --max_tokens and --max_minutes: the schedule follows it")
+    mix = parse_mix(args.dataset)
+    metas = {name: load_meta(name) for name in mix}
+    data = [load_tokens(name, "train") for name in mix]
+    tokenizers = {meta["tokenizer"]["sha256"]: name for name, meta in metas.items()}
+    if len(tokenizers) > 1:
+        a, b = list(tokenizers.values())[:2]
+        sys.exit(f"{a} and {b} have different tokenizers: python prepare.py --dataset={b} --tokenizer={a}")
+    for name, tokens in zip(mix, data):
+        if len(tokens) <= args.block_size:
+            sys.exit(f"{name} has {len(tokens)} train tokens, fewer than one block: lower --block_size or add stories")
+
+    # processes: one, or as many as torchrun started
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    master = rank == 0
+    device, dtype = pick_device(args.device, args.dtype)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    say = tqdm.write if master else lambda *text: None
+
+    # a step: `rows` rows, in `accumulate` turns of `batch` rows on each process
+    rows = args.batch_tokens // args.block_size
+    batch = min(args.batch_size, rows // world)
+    if not batch or rows % (batch * world):
+        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which {world} "
+                 f"process(es) cannot share in turns of --batch_size={batch}: choose multiples")
+    accumulate = rows // (batch * world)
+    step_tokens = rows * args.block_size
+    epoch_tokens = sum(len(tokens) for tokens in data)
+    max_steps = args.max_steps or math.ceil((args.max_tokens or epoch_tokens) / step_tokens)
+
+    # the model, new or from a checkpoint
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    config = GPTConfig(next(iter(metas.values()))["vocab_size"], args.block_size, args.n_layer, args.n_head,
+                       args.n_embd, args.pos)
+    out_dir = args.out_dir or os.path.join("out", f"{'+'.join(mix)}-{args.n_layer}x{args.n_embd}")
+    path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
+    tokenizer = next(iter(tokenizers))
+    step, seconds, best, used = 0, 0.0, math.inf, [0] * len(data)
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_checkpoint(path, "cpu")
+        for name, value in vars(args).items():
+            if name not in FREE and checkpoint["args"][name] != value:
+                sys.exit(f"{out_dir} was trained with --{name}={checkpoint['args'][name]}, not {value}: resume with "
+                         "that, or start a new run with another --out_dir")
+        if checkpoint["tokenizer"] != tokenizer:
+            sys.exit(f"{out_dir} was trained with another tokenizer than data/{args.dataset} has now: prepare it as "
+                     "it was, or start a new run with another --out_dir")
+    elif os.path.exists(path):
+        sys.exit(f"{out_dir} holds a run: add --resume to go on with it, or name another with --out_dir=out/NAME")
+    model = GPT(config).to(device)
+    if args.init_from:
+        old = load_checkpoint(args.init_from, device)
+        if old["model_config"] != asdict(config) or old["tokenizer"] != tokenizer:
+            differs = [f"{k}={v}" for k, v in old["model_config"].items() if asdict(config)[k] != v] or ["tokenizer"]
+            sys.exit(f"--init_from={args.init_from} does not fit this run; it has another {', '.join(differs)}")
+        model.load_state_dict(old["model"])
+    optimizers = make_optimizers(model, args)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["highest_lr"] = group["lr"]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, seconds, best, used = (checkpoint[name] for name in ("step", "seconds", "best", "used"))
+        torch.set_rng_state(checkpoint["rng"].cpu())
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if device.type == "cpu":
+        keep_large_blocks()
+    # compiling takes half a minute or so, and makes a step up to twice as fast
+    worth_it = {"cpu": 2e13, "cuda": 5e15}.get(device.type, math.inf)  # FLOPs that take some two minutes without
+    compiled = args.compile == "True" or args.compile == "auto" and device.type != "mps" and (
+        args.max_minutes > 2 or not args.max_minutes and max_steps * step_tokens * model.flops_per_token() > worth_it)
+    forward = torch.compile(model) if compiled else model
+    if world > 1:
+        forward = DistributedDataParallel(forward)
+
+    flops = model.flops_per_token()
+    peak = next((peak for name, peak in PEAKS.items() if device.type == "cuda" and
+                 name in torch.cuda.get_device_name(device)), None)
+    budget = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{max_steps:,} steps"
+    say(f"{args.dataset}: {epoch_tokens:,} tokens an epoch; {budget} of {step_tokens:,} tokens "
+        f"({accumulate} x {batch} x {args.block_size} on {world} process(es))")
+    say(f"{model.num_params():,} parameters, {model.num_params(False):,} without embedding and head; "
+        f"{flops / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
+        f"{model.num_params() * 16 / 2**20:.0f} MB; {device}, {str(dtype)[6:]}{', compiled' if compiled else ''}")
+
+    # files
+    log = None
+    if master:
+        os.makedirs(out_dir, exist_ok=True)
+        shutil.copy(os.path.join("data", next(iter(mix)), "tokenizer.tiktoken"), out_dir)
+        lines = []
+        if args.resume and os.path.exists(log_path):
+            with open(log_path) as f:  # what was logged after the checkpoint will be done again
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(log_path + ".tmp", "w") as f:
+            f.writelines(lines)
+        os.replace(log_path + ".tmp", log_path)
+        log = open(log_path, "a", buffering=1)
+
+    def write_log(**values):
+        if master:
+            known = {"step": step, "tokens": step * step_tokens, "seconds": round(seconds, 3)}
+            log.write(json.dumps({**known, **values}) + "\n")
+
+    def weights():
+        return {"model": model.state_dict(), "step": step, "model_config": asdict(config), "args": vars(args),
+                "datasets": list(mix), "tokenizer": tokenizer}
+
+    def state():
+        return {**weights(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "scaler": scaler.state_dict(), "seconds": seconds, "used": used, "best": best,
+                "rng": torch.get_rng_state()}
+
+    def validate(max_stories=None):
+        """Scores on each dataset, and their mean by the weights of the mix."""
+        each = {name: evaluate(model, name, max_stories=max_stories) for name in mix}
+        result = {key: sum(mix[name] * each[name][key] for name in mix) for key in ("val_loss", "val_bpb")}
+        if len(mix) > 1:
+            result.update({f"val_bpb/{name}": each[name]["val_bpb"] for name in mix})
+        return result
+
+    stop = []
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+
+    def progress_now():
+        return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps
+
+    if progress_now() >= 1:
+        return say(f"{out_dir} is finished (step {step:,}): give a longer run to go on, or python eval.py {out_dir}")
+    encoding = load_tokenizer(next(iter(mix)))
+    bar = tqdm(total=60 * args.max_minutes or max_steps, initial=seconds if args.max_minutes else step,
+               unit="s" if args.max_minutes else "step", disable=None if master else True,
+               bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
+    model.train()
+    pending, started, first_step = [], time.perf_counter() - seconds, step
+    while True:
+        # one clock decides for all processes when to stop, and how high the learning rate is
+        now = torch.tensor([progress_now(), float(bool(stop))], dtype=torch.float64)
+        if world > 1:
+            dist.broadcast(now, 0)
+        progress, stopped = now.tolist()
+        if progress >= 1 or stopped:
+            break
+        factor = learning_rate(progress if args.max_minutes else (step + 0.5) / max_steps, args)
+        for group in groups:
+            group["lr"] = group["highest_lr"] * factor
+        # this step's rows, the same on every process, which then takes its own part
+        which = np.random.default_rng((args.seed, step)).choice(len(data), rows, p=list(mix.values()))
+        block = np.empty((rows, args.block_size + 1), np.int64)
+        for i, tokens in enumerate(data):
+            count = int((which == i).sum())
+            block[which == i] = read_rows(tokens, args.block_size, used[i], count, args.seed)
+            used[i] += count
+        block = torch.from_numpy(block).view(accumulate, world, batch, -1)[:, rank]
+        if device.type == "cuda":
+            block = block.pin_memory().to(device, non_blocking=True)
+        else:
+            block = block.to(device)
+        total = torch.zeros((), device=device)
+        for turn in range(accumulate):
+            last = turn == accumulate - 1
+            with nullcontext() if last or world == 1 else forward.no_sync():  # gradients meet at the last turn
+                with autocast:
+                    loss = forward(block[turn, :, :-1], block[turn, :, 1:]).mean() / accumulate
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        step += 1
+        if step == first_step + 1:  # the clock of a run starts when its first step has compiled
+            first_seconds, seconds_before = time.perf_counter() - started - seconds, seconds
+            started += first_seconds
+        seconds = time.perf_counter() - started
+        pending.append(total)
+
+        reached = progress_now()
+        due = reached < 1 and int(reached * args.evals) > int(progress * args.evals)
+        if step % args.log_interval == 0 or due or reached >= 1:
+            losses = torch.stack(pending)
+            if world > 1:
+                dist.all_reduce(losses)
+                losses /= world
+            losses, pending = losses.tolist(), []
+            if not all(map(math.isfinite, losses)):
+                bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+                sys.exit(f"the loss is {losses[bad]} at step {step - len(losses) + bad + 1}; the last checkpoint stays: "
+                         f"try a lower --lr than {args.lr:g}, a longer --warmup, or --dtype=float32")
+            speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - seconds_before)
+            write_log(train_loss=losses[-1], lr=groups[0]["lr"], grad_norm=norm.item(), tokens_per_second=round(speed),
+                      **({"mfu": round(speed * flops / peak / world, 4)} if peak else {}))
+            bar.set_postfix_str(f", loss {losses[-1]:.3f}, {speed:,.0f} tok/s", refresh=False)
+            if bar.disable and step - first_step < 3 * args.log_interval:
+                left = seconds * (1 / reached - 1)
+                say(f"step {step}: train loss {losses[-1]:.3f}, {speed:,.0f} tokens/s, about {left / 60:.1f} minutes left")
+        bar.update((seconds if args.max_minutes else step) - bar.n)
+        if master and args.keep == "log" and step & (step - 1) == 0:
+            save(weights(), os.path.join(out_dir, f"ckpt-{step:07d}.pt"))
+        if due:
+            if master:
+                result = validate(args.eval_stories)
+                best = min(best, result["val_bpb"])
+                write_log(**result)
+                ids, = tell(model, encoding, "", 300, [args.seed + step], temperature=0.8)
+                model.train()
+                say(f"step {step:,}: train loss {losses[-1]:.4f}, val_bpb {result['val_bpb']:.4f}\n  "
+                    + encoding.decode(ids).replace("\n", "\n  "))
+                seconds = time.perf_counter() - started
+                save(state(), path)
+            if world > 1:
+                dist.barrier()
+    bar.close()
+
+    if master:
+        save(state(), path)
+        if progress < 1:
+            say(f"stopped at step {step:,} and saved in {out_dir}: the same command with --resume goes on")
+        else:
+            result = validate()
+            write_log(**result)
+            memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            summary = {**{key: f"{value:.4f}" for key, value in result.items()}, "train_loss": f"{losses[-1]:.4f}",
+                       "steps": step, "tokens": step * step_tokens, "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
+                       "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds:.1f}",
+                       "tokens_per_second": round(speed), "parameters": model.num_params(),
+                       "peak_memory_mb": memory >> 20, "out_dir": out_dir}
+            print("\n".join(f"{key + ':':20}{value}" for key, value in summary.items()))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
