@@ -75,12 +75,14 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, mask, past):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).unbind(2)  # (B, T, H, D) each
+        q, k, v = (linear(x).view(B, T, self.n_head, -1) for linear in (self.q, self.k, self.v))  # (B, T, H, D)
         q, k = norm(q), norm(k)  # QK-norm keeps the logits of attention in bounds at high learning rates
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -134,8 +136,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("proj.weight") or name == "head.weight":
                 nn.init.zeros_(p)  # every block starts as the identity, and every token as equally likely
-            elif name.endswith(("fc.weight", "qkv.weight")):
-                nn.init.normal_(p, std=config.n_embd ** -0.5)
+            else:
+                nn.init.normal_(p, std=0.1 if "embed" in name else config.n_embd ** -0.5)
 
     def mask(self, T, start, device):
         """What T positions after `start` earlier ones may see: a mask for attention, or None where causal will do."""

@@ -157,10 +157,13 @@ def keep_large_blocks():
 
 def save(checkpoint, path):
     """Write under a temporary name, flush, rename: whenever this is cut off, `path` holds a whole checkpoint."""
-    with open(path + ".tmp", "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        sys.exit(f"cannot write {path} ({e}); the last checkpoint stays: make room, then the same command with --resume")
     os.replace(path + ".tmp", path)
 
 
@@ -311,8 +314,7 @@ def main(argv=None):
     def ask_to_stop(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def progress_now():
         return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps
@@ -406,6 +408,8 @@ def main(argv=None):
             if world > 1:
                 dist.barrier()
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     if master:
         save(state(), path)

@@ -103,12 +103,12 @@ def test_agrees_with_an_independent_implementation(pos):
     x = [rms(row) for row in x]
     for layer in range(3):
         get = lambda name: w[f"blocks.{layer}.{name}.weight"]
-        qkv = [get("attn.qkv") @ rms(row) for row in x]
+        qkv = [[get(f"attn.{part}") @ rms(row) for part in "qkv"] for row in x]
         mixed = []
         for i in range(len(x)):
             row = []
             for h in range(heads):
-                part = lambda j, which: qkv[j][which * 32 + h * size:which * 32 + (h + 1) * size]
+                part = lambda j, which: qkv[j][which][h * size:(h + 1) * size]
                 place = turn if pos == "rope" else lambda v, position: v
                 q = place(rms(part(i, 0)), i)
                 scores = np.array([q @ place(rms(part(j, 1)), j) / math.sqrt(size) for j in range(i + 1)])

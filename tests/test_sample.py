@@ -1,0 +1,102 @@
+"""sample.py: greedy text is what the plain model would write, and a batch is its members."""
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from prepare import load_tokenizer
+from test_model import make_model
+
+EOT = 96
+
+
+@pytest.fixture(scope="session")
+def run(prepared):
+    """A run of a few steps in the folder `prepared`, which is the current one afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        train.main(["--dataset=tiny", "--n_layer=2", "--n_embd=64", "--block_size=64", "--max_steps=60", "--evals=0",
+                    "--out_dir=out/sampled", "--batch_tokens=1024", "--compile=False", "--device=cpu"])
+    return "out/sampled"
+
+
+@pytest.mark.parametrize("pos", ["rope", "alibi"])
+def test_greedy_equals_the_argmax_of_the_uncached_model(pos):
+    model, ids = make_model(pos=pos), [3, 1, 4, 1, 5]
+    found = [t.item() for t in sample.generate(model, ids, 27, [0], EOT, temperature=0)]
+    expected = list(ids)
+    while len(expected) < 32 and (len(expected) == 5 or expected[-1] != EOT):
+        expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
+    assert found == expected[5:] and len(found) > 3
+
+
+def test_a_full_context_slides():
+    """When 32 positions are full, the later 16 are read again; then each token follows from those."""
+    model, ids = make_model(), list(range(30))
+    found = ids + [t.item() for t in sample.generate(model, ids, 40, [0], eot=-1, temperature=0)]
+    assert len(found) == 70
+    begin = 0
+    for i in range(30, 70):
+        if i - begin > 32:
+            begin = i - 16
+        assert found[i] == model(torch.tensor([found[begin:i]]))[0, -1].argmax().item()
+
+
+def test_a_batch_equals_its_members_one_at_a_time():
+    model = make_model()
+    batch = torch.stack(list(sample.generate(model, [7, 8], 25, range(10, 16), EOT)), 1)
+    for seed, row in zip(range(10, 16), batch.tolist()):
+        alone = [t.item() for t in sample.generate(model, [7, 8], 25, [seed], EOT)]
+        assert alone == row[:len(alone)] and set(row[len(alone):]) <= {EOT}
+    assert len({tuple(row) for row in batch.tolist()}) == 6
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    draws = (torch.arange(10_000) + 0.5) / 10_000
+    def shares(**how):
+        found = sample.pick(logits.expand(10_000, 4), draws, **how)
+        return [round((found == i).float().mean().item(), 3) for i in range(4)]
+    assert shares() == [0.5, 0.3, 0.15, 0.05]
+    assert shares(top_k=2) == [0.625, 0.375, 0, 0]
+    assert shares(top_p=0.75) == [0.625, 0.375, 0, 0]
+    assert shares(min_p=0.2) == pytest.approx([0.526, 0.316, 0.158, 0], abs=1e-3)
+    assert shares(temperature=0) == [1, 0, 0, 0]
+    assert shares(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=1e-3)
+
+
+def test_stories_from_the_command_line(run, in_prepared, capsys):
+    options = [f"--out_dir={run}", "--prompt=Once upon a time", "--max_tokens=40", "--device=cpu"]
+    sample.main([*options, "--seed=2"])
+    one = capsys.readouterr().out
+    sample.main([*options, "--num_samples=3"])
+    stories = capsys.readouterr().out.split("\n\n---\n\n")
+    assert one.startswith("Once upon a time") and len(stories) == 3
+    assert stories[1].strip() == one.strip()  # the second of the batch has the second seed
+    sample.main([*options, "--num_samples=3", "--out"])
+    tokens, encoding = np.fromfile(f"{run}/samples.bin", "<u2"), load_tokenizer("tiny")
+    assert encoding.decode(tokens.tolist()).split("<|endoftext|>")[2].strip() == one.strip()
+    assert (tokens == encoding.eot_token).sum() == 4
+
+
+def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tim saw\n/temperature=0\n/\n/colour=red\nTim saw\nTim saw\n"))
+    sample.main([f"--out_dir={run}", "--interactive", "--max_tokens=20", "--device=cpu"])
+    out = capsys.readouterr().out
+    told = [line for line in out.replace("> ", "\n").splitlines() if line.startswith("Tim saw")]
+    assert len(told) == 3 and told[1] == told[2]
+    assert "/temperature=0.0" in out and "/colour=red is no setting: they are temperature, top_k" in out
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--out_dir=out/none"], "no checkpoint out/none/ckpt.pt: run python train.py"),
+    (["--temperature=-1"], "--temperature must be 0 or more"),
+    (["--prompt_file=nowhere.txt"], "cannot read --prompt_file=nowhere.txt"),
+])
+def test_bad_input_ends_in_one_line(run, in_prepared, options, expected):
+    with pytest.raises(SystemExit, match=expected):
+        sample.main(options)

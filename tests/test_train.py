@@ -1,0 +1,250 @@
+"""train.py: every block once, nothing repeated or skipped on resume, and nothing lost when it is stopped."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import make_stories, write_jsonl
+from model import GPT, GPTConfig, load_checkpoint, load_model
+from prepare import main as prepare
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset=tiny", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_tokens=256",
+        "--log_interval=1", "--device=cpu", "--dtype=float32", "--compile=False", "--evals=3", "--eval_stories=4"]
+
+
+def run(out, *options):
+    train.main([*TINY, f"--out_dir=out/{out}", *options])
+
+
+def read_log(out):
+    """The log's lines, without what depends on the clock."""
+    with open(f"out/{out}/log.jsonl") as f:
+        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second")} for line in f]
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and values are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def start(*options, **more):
+    """train.py as a process of its own."""
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, *options], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **more)
+
+
+def wait_for(path, process, at_least=1):
+    while process.poll() is None and not (os.path.exists(path) and Path(path).read_bytes().count(b"\n") >= at_least):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_visits_every_block_once_in_a_new_order():
+    tokens, length = np.arange(1000, dtype=np.uint16), 30
+    rows = train.read_rows(tokens, length, 0, 66, seed=1)  # two epochs of 33 blocks
+    first, second = rows[:33, 0].tolist(), rows[33:, 0].tolist()
+    assert sorted(first) == sorted(second) == list(range(0, 990, 30)) and first != second
+    assert all((row == np.arange(row[0], row[0] + 31)).all() for row in rows)
+    again = [train.read_rows(tokens, length, i, 1, seed=1)[0] for i in range(66)]
+    assert (np.stack(again) == rows).all()  # however it is cut into steps
+    assert train.read_rows(tokens, length, 0, 33, seed=2)[:, 0].tolist() != first
+
+
+def test_mix_weights_sum_to_one():
+    assert train.parse_mix("a:1,b:3") == {"a": 0.25, "b": 0.75} and train.parse_mix("a") == {"a": 1.0}
+    with pytest.raises(SystemExit, match="name:weight"):
+        train.parse_mix("a:x")
+
+
+# --- optimizer and schedule ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_weight_has_one_optimizer_and_tables_do_not_decay(optimizer):
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, pos="learned"))
+    args = train.command_line().parse_args([f"--optimizer={optimizer}", "--lr=0.01"])
+    groups = [group for o in train.make_optimizers(model, args) for group in o.param_groups]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.1 if "blocks" in name else 0)
+
+
+def test_schedules_rise_and_fall():
+    args = train.command_line().parse_args(["--warmup=0.1", "--cooldown=0.5"])
+    for args.schedule, expected in (("wsd", [0, 0.5, 1, 1, 0.5, 0]), ("constant", [0, 0.5, 1, 1, 1, 1]),
+                                    ("cosine", [0, 0.5, 1, 0.5868, 0.1786, 0])):
+        found = [train.learning_rate(p, args) for p in (0, 0.05, 0.1, 0.5, 0.75, 1)]
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_logged_loss_is_the_mean_over_the_whole_step(in_prepared):
+    """At step 1 the model knows nothing; and two turns of a step log the same as one turn of twice the rows."""
+    run("whole", "--max_steps=3", "--evals=0", "--optimizer=adamw")
+    run("turns", "--max_steps=3", "--evals=0", "--optimizer=adamw", "--batch_size=2")
+    whole, turns = read_log("whole"), read_log("turns")
+    assert whole[0]["train_loss"] == pytest.approx(math.log(512), abs=1e-4)
+    for a, b in zip(whole, turns):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+# --- stopping and going on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resumed_equals_uninterrupted_bit_for_bit(in_prepared, monkeypatch, optimizer):
+    """Stopped after 8 of 20 steps, with 4 turns a step: the same weights, optimizer state and log in the end."""
+    options = ["--max_steps=20", "--batch_size=2", f"--optimizer={optimizer}"]
+    run(f"straight-{optimizer}", *options)
+
+    def stop_at_8(*args, real=train.learning_rate, calls=[]):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_at_8)
+        run(f"stopped-{optimizer}", *options)
+    assert load_checkpoint(f"out/stopped-{optimizer}")["step"] == 8
+    run(f"stopped-{optimizer}", *options, "--resume")
+    a, b = (load_checkpoint(f"out/{name}-{optimizer}") for name in ("straight", "stopped"))
+    assert a["step"] == 20 and a["used"] == [160]
+    for name in ("model", "optimizers", "used", "rng", "best"):
+        assert same(a[name], b[name]), name
+    assert read_log(f"straight-{optimizer}") == read_log(f"stopped-{optimizer}")
+    assert [line["step"] for line in read_log(f"straight-{optimizer}") if "train_loss" in line] == list(range(1, 21))
+
+
+def test_after_sigkill_the_checkpoint_loads_and_the_log_has_no_gap(in_prepared):
+    options = ["--out_dir=out/killed", "--max_steps=5000", "--evals=500"]
+    for lines in (30, 60):
+        process = start(*options, *(["--resume"] if lines == 60 else []))
+        wait_for("out/killed/log.jsonl", process, lines)
+        process.kill()
+        process.communicate()
+        step = load_checkpoint("out/killed")["step"]
+        assert step > 0
+    run("killed", f"--max_steps={step + 5}", "--evals=500", "--resume")
+    assert [line["step"] for line in read_log("killed") if "train_loss" in line] == list(range(1, step + 6))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_0(in_prepared, number):
+    out = f"out/signal-{number}"
+    process = start(f"--out_dir={out}", "--max_minutes=5")
+    wait_for(f"{out}/log.jsonl", process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0 and stderr == ""
+    assert f"saved in {out}: the same command with --resume goes on" in stdout
+    assert load_checkpoint(out)["step"] >= 1
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    train.save({"step": 1}, str(tmp_path / "ckpt.pt"))
+    def full(checkpoint, f):
+        f.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="cannot write .*No space left.*the last checkpoint stays"):
+        train.save({"step": 2}, str(tmp_path / "ckpt.pt"))
+    assert load_checkpoint(str(tmp_path))["step"] == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(in_prepared):
+    with pytest.raises(SystemExit, match=r"the loss is nan at step \d+.*lower --lr"):
+        run("nan", "--max_steps=50", "--optimizer=adamw", "--lr=1e30", "--warmup=0.001")
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--resume", "--n_embd=64"], "was trained with --n_embd=32, not 64"),
+    (["--resume", "--dataset=other"], "was trained with --dataset=tiny, not other"),
+    (["--resume", "--lr=0.1"], "was trained with --lr=0.02, not 0.1"),
+    ([], "holds a run: add --resume .* or name another"),
+    (["--out_dir=out/new", "--init_from=out/base", "--n_embd=64"], "it has another n_embd=32"),
+    (["--out_dir=out/new", "--resume"], "no checkpoint out/new/ckpt.pt"),
+    (["--out_dir=out/new", "--max_steps=3", "--max_minutes=1"], "give only one of"),
+    (["--out_dir=out/new", "--batch_tokens=16"], "--batch_tokens=16 is 0 rows"),
+    (["--out_dir=out/new", "--block_size=100000"], "fewer than one block"),
+    (["--out_dir=out/new", "--dataset=nothing"], "no dataset in data/nothing: run python prepare.py"),
+    (["--out_dir=out/new", "--dataset=tiny,foreign"], "different tokenizers: .*--dataset=foreign --tokenizer=tiny"),
+])
+def test_what_does_not_fit_is_refused_by_name(in_prepared, options, expected):
+    if not os.path.exists("out/base"):
+        run("base", "--max_steps=2")
+        for name, vocabulary in (("other", 512), ("foreign", 300)):
+            write_jsonl(in_prepared / f"data/{name}/s.jsonl", make_stories(200, seed=7))
+            prepare([f"--dataset={name}", "--val_fraction=0.1", *(["--tokenizer=tiny"] if vocabulary == 512 else
+                                                                [f"--vocab_size={vocabulary}"])])
+    with pytest.raises(SystemExit, match=expected):
+        run("base", "--max_steps=4", *options) if "--max_minutes=1" not in options else run("base", *options)
+
+
+# --- other starts -------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_learn_as_one(in_prepared):
+    """torchrun with two processes on the CPU: the same losses, with the same total batch, within float error."""
+    options = ["--max_steps=8", "--batch_size=2", "--evals=2"]
+    run("one", *options)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *TINY,
+                    "--out_dir=out/two", *options], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = read_log("one"), read_log("two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_init_from_starts_a_new_run_from_old_weights(in_prepared):
+    run("old", "--max_steps=3")
+    run("warm", "--max_steps=1", "--init_from=out/old", "--evals=0", "--lr=1e-12")
+    old, warm = load_checkpoint("out/old"), load_checkpoint("out/warm")
+    assert warm["step"] == 1
+    for name, weight in old["model"].items():
+        assert torch.allclose(weight, warm["model"][name], atol=1e-6), name
+
+
+def test_a_mix_draws_by_its_weights(in_prepared):
+    write_jsonl(in_prepared / "data/more/s.jsonl", make_stories(100, seed=9))
+    prepare(["--dataset=more", "--val_fraction=0.1", "--tokenizer=tiny"])
+    run("mix", "--dataset=tiny:0.25,more:0.75", "--max_steps=50", "--evals=1")
+    used = load_checkpoint("out/mix")["used"]
+    assert sum(used) == 400 and 60 < used[0] < 140
+    last = read_log("mix")[-1]
+    assert last["val_bpb"] == pytest.approx(0.25 * last["val_bpb/tiny"] + 0.75 * last["val_bpb/more"])
+
+
+def test_log_spaced_checkpoints_are_kept(in_prepared):
+    run("kept", "--max_steps=9", "--keep=log")
+    names = sorted(name for name in os.listdir("out/kept") if name.startswith("ckpt-"))
+    assert names == [f"ckpt-{step:07d}.pt" for step in (1, 2, 4, 8)]
+    assert load_model(f"out/kept/{names[2]}")[1]["step"] == 4
+
+
+def test_the_run_ends_with_a_summary_to_grep(in_prepared, capsys):
+    run("summary", "--max_steps=30", "--optimizer=adamw")
+    out = capsys.readouterr().out
+    summary = dict(line.split(":", 1) for line in out.splitlines()[-13:])
+    assert {"val_bpb", "val_loss", "train_loss", "steps", "tokens", "tokens_per_second", "seconds"} <= summary.keys()
+    assert float(summary["val_loss"]) < math.log(512) and int(summary["tokens"]) == 30 * 256
+    assert "parameters" in out and "MFLOPs a token" in out and "tokens an epoch" in out
