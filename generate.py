@@ -21,6 +21,7 @@ from prepare import QUOTES, Parser, fingerprint
 
 ASKS = 2                # a rejected story is asked for once more, then given up
 MIN_WORDS = 60          # a shorter story has no plot
+MAX_IN_A_ROW = 100      # so many rejected answers, and something is wrong that more money will not mend
 TOKENS_OUT = 350        # expected in an answer, for --dry_run: a story of about 300 and its summary
 
 FEATURES = {            # each as the paper names it, and as the prompt asks for it
@@ -93,21 +94,21 @@ def prompt_for(level, words, features):
 # what came back
 
 # past tenses, plurals and comparatives that no rule gives
-IRREGULAR = {line.split()[0]: line.split()[1:] for line in """be is are am was were been|become became|begin began begun
-bend bent|bite bit bitten|bleed bled|blow blew blown|break broke broken|bring brought|build built|buy bought|catch caught
-choose chose chosen|come came|creep crept|deal dealt|die dying|dig dug|do does did done|draw drew drawn|dream dreamt
-drink drank drunk|drive drove driven|eat ate eaten|fall fell fallen|feed fed|feel felt|fight fought|find found|fly flew flown
-forget forgot forgotten|forgive forgave forgiven|freeze froze frozen|get got gotten|give gave given|go goes went gone
-grind ground|grow grew grown|hang hung|have has had|hear heard|hide hid hidden|hold held|keep kept|kneel knelt
-know knew known|lay laid|lead led|lean leant|leap leapt|learn learnt|leave left|lend lent|lie lay lain lying|light lit
-lose lost|make made|mean meant|meet met|pay paid|ride rode ridden|ring rang rung|rise rose risen|run ran|say said
-see saw seen|sell sold|send sent|sew sewn|shake shook shaken|shine shone|shoot shot|show shown|shrink shrank shrunk
-sing sang sung|sink sank sunk|sit sat|sleep slept|slide slid|smell smelt|speak spoke spoken|spend spent|spill spilt
-spin spun|spit spat|spring sprang sprung|stand stood|steal stole stolen|stick stuck|sting stung|strike struck|sweep swept
-swim swam swum|swing swung|take took taken|teach taught|tear tore torn|tell told|think thought|throw threw thrown
-tie tying|understand understood|wake woke woken|wear wore worn|weave wove woven|weep wept|win won|wind wound|write wrote
-written|child children|foot feet|goose geese|man men|mouse mice|ox oxen|person people|tooth teeth|woman women
-bad worse worst|far farther further|good better best|little less least|many more most""".replace("\n", "|").split("|")}
+IRREGULAR = {line.split()[0]: line.split()[1:] for line in re.split(r"[|\n]", """\
+be is are am was were been|become became|begin began begun|bend bent|bite bit bitten|blow blew blown|break broke broken
+bring brought|build built|buy bought|catch caught|choose chose chosen|come came|creep crept|die dying|dig dug
+do does did done|draw drew drawn|dream dreamt|drink drank drunk|drive drove driven|eat ate eaten|fall fell fallen|feed fed
+feel felt|fight fought|find found|fly flew flown|forget forgot forgotten|forgive forgave forgiven|freeze froze frozen
+get got gotten|give gave given|go goes went gone|grow grew grown|hang hung|have has had|hear heard|hide hid hidden
+hold held|keep kept|kneel knelt|know knew known|lay laid|lead led|leap leapt|learn learnt|leave left|lend lent
+lie lay lain lying|light lit|lose lost|make made|mean meant|meet met|pay paid|ride rode ridden|ring rang rung
+rise rose risen|run ran|say said|see saw seen|sell sold|send sent|sew sewn|shake shook shaken|shine shone|shoot shot
+show shown|shrink shrank shrunk|sing sang sung|sink sank sunk|sit sat|sleep slept|slide slid|smell smelt
+speak spoke spoken|spend spent|spill spilt|spin spun|spring sprang sprung|stand stood|steal stole stolen|stick stuck
+sting stung|sweep swept|swim swam swum|swing swung|take took taken|teach taught|tear tore torn|tell told|think thought
+throw threw thrown|tie tying|understand understood|wake woke woken|wear wore worn|weave wove woven|win won|wind wound
+write wrote written|child children|foot feet|goose geese|man men|mouse mice|person people|tooth teeth|woman women
+bad worse worst|far farther further|good better best|little less least|many more most""")}
 
 
 def forms(word, endings):
@@ -142,8 +143,8 @@ def reason_against(story, finish, refusal, words, seen):
             r"(?i)(i'm|i am|we're) (so |very )?sorry,? (but )?(i|we)\b|(sorry, )?(but )?i (can't|cannot|won't) "
             r"(help|write|create|fulfil|assist|comply|do|provide)|as an ai\b", story.translate(QUOTES)):
         return "refused"
-    if finish == "malformed" or not story:
-        return finish if finish == "malformed" else "empty"
+    if not story:
+        return "malformed" if finish == "malformed" else "empty"
     if finish == "length" or not re.search(r"(?i)([.!?…]|the end)\W*\Z", story):
         return "cut off"
     if len(story.split()) < MIN_WORDS:
@@ -247,11 +248,11 @@ async def write(args, key, request, lists, ledger, stories, rejected):
     request["max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"] = args.max_tokens
     todo = deque(i for i in range(args.n) if i not in ledger.done and ledger.asked[i] < ASKS)
     bar = tqdm(total=args.n, initial=args.n - len(todo), unit=" stories", smoothing=0.05, disable=None)
-    why, trouble, failures = "", "", 0
-    reserved = {}                       # the most that each answer under way may cost
+    why, trouble, failures, rejects = "", "", 0, 0      # the last two: in a row, of requests and of answers
+    reserved = {}                                       # the most that each answer under way may cost
 
     async def work():
-        nonlocal why, trouble, failures
+        nonlocal why, trouble, failures, rejects
         while todo and not why:
             i = todo.popleft()
             words, features = ([], []) if args.naive else plan(i, args.seed, lists)
@@ -286,6 +287,9 @@ async def write(args, key, request, lists, ledger, stories, rejected):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             ledger.add(record)
+            rejects = rejects + 1 if reason else 0
+            if rejects == MAX_IN_A_ROW:
+                why = f"the last {rejects} answers were all rejected, at last for: {reason} (see {rejected.name})"
             bar.set_postfix_str(f"{ledger.rejects.total()} rejected, "
                                 f"${cost(args, ledger.tokens_in, ledger.tokens_out):.2f}", refresh=False)
             if reason and ledger.asked[i] < ASKS:
@@ -338,8 +342,6 @@ def main(argv=None):
         parser.error("--price_in, --price_out, --max_retries and --temperature must not be negative")
     if args.max_cost < math.inf and not args.price_in + args.price_out:
         parser.error("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
-    if not re.fullmatch(r"\w[\w.-]*", args.name):
-        parser.error(f"--name={args.name} must be a plain folder name, of letters, digits, - and _")
 
     lists = load_words(args.words)
     triples = math.prod(map(len, lists))
@@ -369,43 +371,48 @@ def main(argv=None):
         parser.error(f"--base_url={url} must begin with http:// or https://")
 
     folder = os.path.join("data", args.name)
-    paths = [os.path.join(folder, name) for name in ("generate.json", "stories.jsonl", "rejected.jsonl")]
+    settings_path, stories_path, rejected_path = [
+        os.path.join(folder, name) for name in ("generate.json", "stories.jsonl", "rejected.jsonl")]
     request = {"model": args.model, "temperature": args.temperature}
-    digest = hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:8]
     settings = {**request, "max_tokens": args.max_tokens, "seed": args.seed, "naive": args.naive, "level": args.level,
                 "words": f"{os.path.basename(args.words)} ({digest})"}
     os.makedirs(folder, exist_ok=True)
+    ledger = Ledger()
     with lock(os.path.join(folder, "generate.lock")):
-        if os.path.exists(paths[0]):
-            with open(paths[0]) as file:
+        if any(os.path.exists(path) and os.path.getsize(path) for path in (stories_path, rejected_path)):
+            if not os.path.exists(settings_path):
+                sys.exit(f"{stories_path} was not written by generate.py: choose another --name")
+            with open(settings_path, encoding="utf-8") as file:
                 begun = json.load(file)
-            changed = [f"--{name}={begun.get(name)}, not {value}" for name, value in settings.items()
-                       if begun.get(name) != value]
+            changed = [f"--{name}={begun[name]}, not {settings[name]}" for name in begun if begun[name] != settings[name]]
             if changed:
                 sys.exit(f"{folder} was begun with {'; '.join(changed)}: go on with that, or choose another --name")
-        elif os.path.exists(paths[1]):
-            sys.exit(f"{paths[1]} was not written by generate.py: choose another --name")
-        else:
-            with open(paths[0] + ".tmp", "w") as file:
-                json.dump(settings, file, indent=1)
-            os.replace(paths[0] + ".tmp", paths[0])
-        ledger = Ledger()
-        for path in paths[1:]:
+        with open(settings_path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(settings, file, indent=1)
+        os.replace(settings_path + ".tmp", settings_path)
+        for path in stories_path, rejected_path:
             for record in records(path):
                 ledger.add(record)
-        with open(paths[1], "a", encoding="utf-8") as stories, open(paths[2], "a", encoding="utf-8") as rejected:
-            try:
+        try:
+            with (open(stories_path, "a", encoding="utf-8") as stories,
+                  open(rejected_path, "a", encoding="utf-8") as rejected):
                 why = asyncio.run(write(args, key, request, lists, ledger, stories, rejected))
-            except KeyboardInterrupt:
-                why = "stopped by Ctrl-C, without the answers under way"
+        except KeyboardInterrupt:
+            why = "stopped by Ctrl-C, without the answers under way"
+        except OSError as error:
+            why = f"cannot write in {folder}: {error.strerror}"
 
     given_up = sum(asked >= ASKS for asked in ledger.asked.values())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in ledger.rejects.most_common())
-    print(f"{paths[1]}: {len(ledger.done):,} stories, {given_up:,} given up; {ledger.rejects.total():,} answers rejected"
-          f"{reasons and f' ({reasons}), see {paths[2]}'}; {ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out, "
+    print(f"{stories_path}: {len(ledger.done):,} stories, {given_up:,} given up; "
+          f"{ledger.rejects.total():,} answers rejected{reasons and f' ({reasons}; see {rejected_path})'}; "
+          f"{ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out, "
           f"${cost(args, ledger.tokens_in, ledger.tokens_out):,.2f}")
     if why:
         sys.exit(f"{why}\n{args.n - len(ledger.done) - given_up:,} stories are missing: the same command goes on")
+    if not ledger.done:
+        sys.exit(f"not one story was good: read {rejected_path}, and choose another --model and --name")
     print(f"next: python prepare.py --dataset={args.name}")
 
 

@@ -255,7 +255,7 @@ def test_a_bad_answer_is_counted_and_asked_for_once_more(reason, bad, capsys):
         run(server, "--n=2")
     assert indices() == [0, 1] and len(server.requests) == 4
     assert [record["reason"] for record in lines("rejected")] == [reason] * 2
-    assert f"0 given up; 2 answers rejected (2 {reason})" in capsys.readouterr().out
+    assert f"0 given up; 2 answers rejected (2 {reason};" in capsys.readouterr().out
 
 
 def test_a_copy_of_an_earlier_story_is_rejected_even_in_other_clothes():
@@ -277,7 +277,7 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
         assert f"{len(given_up)} given up" in capsys.readouterr().out
         run(server, "--n=40")
     assert len(server.requests) == 40 + len(given_up)                   # nothing is paid for again
-    assert "(" + str(2 * len(given_up)) + " too short)" in capsys.readouterr().out
+    assert f"({2 * len(given_up)} too short;" in capsys.readouterr().out
 
 
 def test_half_a_surrogate_pair_does_not_lose_the_answer():
@@ -352,7 +352,7 @@ def test_a_server_that_is_not_there():
 
 @pytest.mark.parametrize("options, error", [
     ("--base_url=localhost:1", "must begin with http"), ("--n=0", "--n must be above 0"),
-    ("--max_cost=1", "needs the prices"), ("--name=../x", "plain folder name"), ("--model=", "which model"),
+    ("--max_cost=1", "needs the prices"), ("--model=", "which model"),
     ("--tempreture=1", "did you mean --temperature"), ("--words=none.json", "cannot read none.json"),
     ("--n=141", "only 140 triples"), ("--words=data.txt", "is no vocabulary")])
 def test_a_wrong_command_line_is_one_line(options, error, capsys):
@@ -416,6 +416,13 @@ def test_a_half_written_last_line_is_repaired(name):
         assert "line 1 is not JSON" in refused(server)
 
 
+def test_a_setting_that_brought_nothing_yet_may_be_mended():
+    with Server(lambda prompt, times: fault(404) if server.requests[-1]["model"] == "writer" else None) as server:
+        assert "the server refuses" in refused(server, "--n=2")
+        run(server, "--n=2", "--model=writer-2")
+    assert indices() == [0, 1]
+
+
 def test_two_runs_on_one_corpus_are_refused():
     with Server() as server:
         run(server, "--n=2")
@@ -424,9 +431,9 @@ def test_two_runs_on_one_corpus_are_refused():
         run(server, "--n=3")
 
 
-def start(server, *options):
+def start(server, *options, **more):
     return subprocess.Popen([sys.executable, str(SCRIPT), *command(server, *options)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, **more)
 
 
 def wait_until(condition):
@@ -473,8 +480,26 @@ def test_killed_at_random_moments_every_story_is_there_once_and_paid_once():
 def prompt_of(record):
     return generate.prompt_for("3-year-old", record["words"], record["features"])
 
+@pytest.mark.skipif(os.name == "nt", reason="limits a file's size the POSIX way")
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on():
+    import resource
+    with Server() as server:
+        process = start(server, "--n=20", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
+        out, err = process.communicate()
+        assert process.returncode == 1 and "cannot write in data/tales" in err and "Traceback" not in err
+        assert len(server.requests) < 10 * 2                            # those under way, 16 of them, are lost
+        run(server, "--n=20")
+    assert indices() == list(range(20))
+
 # ---------------------------------------------------------------------------------------------------------------
 # money
+
+def test_a_model_that_only_fails_is_not_paid_all_night():
+    with Server(lambda prompt, times: answer("No.")) as server:
+        assert "the last 100 answers were all rejected" in refused(server, "--n=140", "--concurrency=4")
+        assert len(server.requests) < 100 + 4
+        assert "not one story was good" in refused(server, "--n=2", "--name=other")
+
 
 @pytest.mark.parametrize("concurrency", [1, 16])
 def test_max_cost_is_never_passed_whatever_is_under_way(concurrency, capsys):
