@@ -70,6 +70,8 @@ def shuffled(i, size, seed):
 
 def plan(i, seed, lists):
     """Story i's [verb, noun, adjective], never the same three twice, and its list of 0 to 3 features."""
+    if not lists:
+        return [], []
     verbs, nouns, adjectives = lists
     place, adjective = divmod(shuffled(i, len(verbs) * len(nouns) * len(adjectives), seed), len(adjectives))
     verb, noun = divmod(place, len(nouns))
@@ -214,7 +216,6 @@ async def ask(client, request, prompt):
             getattr(usage, "completion_tokens", None) or len(text) // 4)
 
 
-
 @dataclass
 class Ledger:
     """What the two files hold. Read at the start and kept up to date by the same lines, so that both agree."""
@@ -235,6 +236,9 @@ class Ledger:
             self.done.add(record["index"])
             self.seen.add(fingerprint(record["story"]))
 
+    def missing(self, n):
+        return [i for i in range(n) if i not in self.done and self.asked[i] < ASKS]
+
 
 async def write(args, key, request, lists, ledger, stories, rejected):
     """Ask for every missing story, args.concurrency at a time; append each answer to its file as it comes.
@@ -246,7 +250,7 @@ async def write(args, key, request, lists, ledger, stories, rejected):
         http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
     # OpenAI's newer models refuse the limit's old name; many other servers do not know its new one
     request["max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"] = args.max_tokens
-    todo = deque(i for i in range(args.n) if i not in ledger.done and ledger.asked[i] < ASKS)
+    todo = deque(ledger.missing(args.n))
     bar = tqdm(total=args.n, initial=args.n - len(todo), unit=" stories", smoothing=0.05, disable=None)
     why, trouble, failures, rejects = "", "", 0, 0      # the last two: in a row, of requests and of answers
     reserved = {}                                       # the most that each answer under way may cost
@@ -255,7 +259,7 @@ async def write(args, key, request, lists, ledger, stories, rejected):
         nonlocal why, trouble, failures, rejects
         while todo and not why:
             i = todo.popleft()
-            words, features = ([], []) if args.naive else plan(i, args.seed, lists)
+            words, features = plan(i, args.seed, lists)
             prompt = prompt_for(args.level, words, features)
             # a token is at least one byte; 50 are for what the server wraps around the prompt
             most = cost(args, len(prompt.encode()) + 50, args.max_tokens)
@@ -343,16 +347,15 @@ def main(argv=None):
     if args.max_cost < math.inf and not args.price_in + args.price_out:
         parser.error("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
 
-    lists = load_words(args.words)
+    lists = [] if args.naive else load_words(args.words)
     triples = math.prod(map(len, lists))
-    if args.n > triples and not args.naive:
+    if lists and args.n > triples:
         sys.exit(f"{args.words} makes only {triples:,} triples of words: lower --n, or give it more words")
     if args.dry_run:
-        prompts = [prompt_for(args.level, *([], []) if args.naive else plan(i, args.seed, lists))
-                   for i in range(min(args.n, 1000))]
+        prompts = [prompt_for(args.level, *plan(i, args.seed, lists)) for i in range(min(args.n, 1000))]
         print(*prompts[:3], sep="\n\n", end="\n\n")
-        print("coverage: every story has this prompt" if args.naive else
-              f"coverage: {args.n:,} stories of {triples:,} triples of words, one in {triples / args.n:,.0f}")
+        print(f"coverage: one story in {triples / args.n:,.0f} of {triples:,} triples of words" if lists else
+              "coverage: none, every story has the same prompt")
         tokens_in, tokens_out = args.n * sum(map(len, prompts)) // len(prompts) // 4, args.n * TOKENS_OUT
         print(f"about {tokens_in:,} tokens in, {tokens_out:,} out:", f"${cost(args, tokens_in, tokens_out):,.2f}"
               if args.price_in + args.price_out else "for the cost give --price_in and --price_out")
@@ -385,12 +388,14 @@ def main(argv=None):
                 sys.exit(f"{stories_path} was not written by generate.py: choose another --name")
             with open(settings_path, encoding="utf-8") as file:
                 begun = json.load(file)
-            changed = [f"--{name}={begun[name]}, not {settings[name]}" for name in begun if begun[name] != settings[name]]
+            changed = [f"--{name}={begun.get(name)}, not {value}" for name, value in settings.items()
+                       if value != begun.get(name)]
             if changed:
                 sys.exit(f"{folder} was begun with {'; '.join(changed)}: go on with that, or choose another --name")
-        with open(settings_path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(settings, file, indent=1)
-        os.replace(settings_path + ".tmp", settings_path)
+        else:
+            with open(settings_path + ".tmp", "w", encoding="utf-8") as file:
+                json.dump(settings, file, indent=1)
+            os.replace(settings_path + ".tmp", settings_path)
         for path in stories_path, rejected_path:
             for record in records(path):
                 ledger.add(record)
@@ -410,7 +415,7 @@ def main(argv=None):
           f"{ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out, "
           f"${cost(args, ledger.tokens_in, ledger.tokens_out):,.2f}")
     if why:
-        sys.exit(f"{why}\n{args.n - len(ledger.done) - given_up:,} stories are missing: the same command goes on")
+        sys.exit(f"{why}\n{len(ledger.missing(args.n)):,} stories are missing: the same command goes on")
     if not ledger.done:
         sys.exit(f"not one story was good: read {rejected_path}, and choose another --model and --name")
     print(f"next: python prepare.py --dataset={args.name}")

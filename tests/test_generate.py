@@ -182,7 +182,7 @@ def test_a_dry_run_needs_no_key_asks_nothing_and_writes_nothing(monkeypatch, cap
         run(server, "--dry_run", "--n=20", "--price_in=1", "--price_out=1000")
     out = capsys.readouterr().out
     assert out.count("Write a short story") == 3
-    assert "20 stories of 140 triples of words, one in 7" in out
+    assert "one story in 7 of 140 triples of words" in out
     assert "7,000 out: $7.00" in out                                    # the prompts cost a fifth of a cent
     assert not server.requests and not os.path.exists("data")
 
