@@ -48,7 +48,7 @@ def load_words(path):
     except (ValueError, KeyError, TypeError, AttributeError):
         lists = [[]]
     if not all(lists):
-        sys.exit(f'{path} is no vocabulary: it needs {{"verbs": {{"group": ["word", …]}}, "nouns": …, "adjectives": …}}')
+        sys.exit(f'{path} is not of the form {{"verbs": {{"group": ["word", …]}}, "nouns": …, "adjectives": …}}')
     return lists
 
 
@@ -80,11 +80,11 @@ def plan(i, seed, lists):
 
 
 def prompt_for(level, words, features):
-    """The prompt of one story. Plain text with one marked line: the weakest model and server manage that, not JSON."""
+    """The prompt of one story. It asks for text with one marked line, which weak models manage better than JSON."""
     lines = [f"Write a short story, three to five paragraphs long, in words that a typical {level} knows and uses."]
     if words:
-        lines += ['Somewhere in it, where they fit without effort, use the verb "{}", the noun "{}" and the adjective "{}".'
-                  .format(*words)]
+        lines += ['Somewhere in it, where they fit without effort, use the verb "{}", the noun "{}" and '
+                  'the adjective "{}".'.format(*words)]
     if features:
         lines += ["Also: " + "; ".join(FEATURES[feature] for feature in features) + "."]
     lines += [f"If a {level} would have to ask what a word means, choose an easier one.",
@@ -97,29 +97,31 @@ def prompt_for(level, words, features):
 
 # past tenses, plurals and comparatives that no rule gives
 IRREGULAR = {line.split()[0]: line.split()[1:] for line in re.split(r"[|\n]", """\
-be is are am was were been|become became|begin began begun|bend bent|bite bit bitten|blow blew blown|break broke broken
-bring brought|build built|buy bought|catch caught|choose chose chosen|come came|creep crept|die dying|dig dug
-do does did done|draw drew drawn|dream dreamt|drink drank drunk|drive drove driven|eat ate eaten|fall fell fallen|feed fed
-feel felt|fight fought|find found|fly flew flown|forget forgot forgotten|forgive forgave forgiven|freeze froze frozen
-get got gotten|give gave given|go goes went gone|grow grew grown|hang hung|have has had|hear heard|hide hid hidden
-hold held|keep kept|kneel knelt|know knew known|lay laid|lead led|leap leapt|learn learnt|leave left|lend lent
-lie lay lain lying|light lit|lose lost|make made|mean meant|meet met|pay paid|ride rode ridden|ring rang rung
-rise rose risen|run ran|say said|see saw seen|sell sold|send sent|sew sewn|shake shook shaken|shine shone|shoot shot
-show shown|shrink shrank shrunk|sing sang sung|sink sank sunk|sit sat|sleep slept|slide slid|smell smelt
-speak spoke spoken|spend spent|spill spilt|spin spun|spring sprang sprung|stand stood|steal stole stolen|stick stuck
-sting stung|sweep swept|swim swam swum|swing swung|take took taken|teach taught|tear tore torn|tell told|think thought
-throw threw thrown|tie tying|understand understood|wake woke woken|wear wore worn|weave wove woven|win won|wind wound
-write wrote written|child children|foot feet|goose geese|man men|mouse mice|person people|tooth teeth|woman women
-bad worse worst|far farther further|good better best|little less least|many more most""")}
+be is are am was were been|become became|begin began begun|bend bent|bite bit bitten|blow blew blown
+break broke broken|bring brought|build built|buy bought|catch caught|choose chose chosen|come came|creep crept
+die dying|dig dug|dive dove|do does did done|draw drew drawn|dream dreamt|drink drank drunk|drive drove driven
+eat ate eaten|fall fell fallen|feed fed|feel felt|fight fought|find found|fly flew flown|forget forgot forgotten
+forgive forgave forgiven|freeze froze frozen|get got gotten|give gave given|go went gone|grow grew grown|hang hung
+have has had|hear heard|hide hid hidden|hold held|keep kept|kneel knelt|know knew known|lay laid|lead led|leap leapt
+learn learnt|leave left|lend lent|lie lay lain lying|light lit|lose lost|make made|mean meant|meet met|pay paid
+ride rode ridden|ring rang rung|rise rose risen|run ran|say said|see saw seen|sell sold|send sent|sew sewn
+shake shook shaken|shine shone|shoot shot|show shown|shrink shrank shrunk|sing sang sung|sink sank sunk|sit sat
+sleep slept|slide slid|smell smelt|sneak snuck|speak spoke spoken|spell spelt|spend spent|spill spilt|spin spun
+spring sprang sprung|stand stood|steal stole stolen|stick stuck|sting stung|stink stank stunk|sweep swept
+swim swam swum|swing swung|take took taken|teach taught|tear tore torn|tell told|think thought|throw threw thrown
+tie tying|understand understood|untie untying|wake woke woken|wear wore worn|weave wove woven|win won|wind wound
+write wrote written|child children|foot feet|goose geese|mouse mice|person people|tooth teeth|bad worse worst
+far farther further|good better best|little less least|many more most""")}
 
 
 def forms(word, endings):
-    """The word and its inflections: stop, stops, stopped, stopping (and a few that nobody would write, like stoped)."""
+    """The word and its inflections: stop, stops, stopped, stopping (and some that nobody writes, like stoped)."""
     stems = [word, word + word[-1]]                                             # walk-ed, stopp-ed
     stems += [word[:-1]] if word.endswith("e") else []                          # bak-ing
     stems += [word[:-1] + "i"] if word.endswith("y") else []                    # cri-ed
     stems += [re.sub("fe?$", "v", word)] if re.search("fe?$", word) else []     # leav-es
-    return {word, word + "s", *IRREGULAR.get(word, []), *(stem + ending for stem in stems for ending in endings)}
+    return {word, word + "s", re.sub("man$", "men", word), *IRREGULAR.get(word, []),
+            *(stem + ending for stem in stems for ending in endings)}
 
 
 def missing(words, story):
@@ -159,7 +161,7 @@ def reason_against(story, finish, refusal, words, seen):
 # files and server
 
 def lock(path):
-    """Open `path` and hold it for this process, or exit. The system lets go when the process ends, however it ends."""
+    """Open `path` and hold it for this process, or exit. The system lets go when the process ends, even if killed."""
     file = open(path, "a")
     try:
         if os.name == "nt":
@@ -240,7 +242,7 @@ class Ledger:
         return [i for i in range(n) if i not in self.done and self.asked[i] < ASKS]
 
 
-async def write(args, key, request, lists, ledger, stories, rejected):
+async def write(args, key, lists, ledger, stories, rejected):
     """Ask for every missing story, args.concurrency at a time; append each answer to its file as it comes.
 
     Returns why stories are still missing, or "".
@@ -248,8 +250,10 @@ async def write(args, key, request, lists, ledger, stories, rejected):
     client = openai.AsyncOpenAI(
         api_key=key, base_url=args.base_url or None, timeout=args.timeout, max_retries=args.max_retries,
         http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
+    host = client.base_url.netloc.decode()
     # OpenAI's newer models refuse the limit's old name; many other servers do not know its new one
-    request["max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"] = args.max_tokens
+    limit = "max_completion_tokens" if host == "api.openai.com" else "max_tokens"
+    request = {"model": args.model, "temperature": args.temperature, limit: args.max_tokens}
     todo = deque(ledger.missing(args.n))
     bar = tqdm(total=args.n, initial=args.n - len(todo), unit=" stories", smoothing=0.05, disable=None)
     why, trouble, failures, rejects = "", "", 0, 0      # the last two: in a row, of requests and of answers
@@ -273,10 +277,10 @@ async def write(args, key, request, lists, ledger, stories, rejected):
                 failures = 0
             except openai.APIError as error:            # the client has tried again, in vain
                 failures += 1
-                trouble = " ".join(str(error).replace(key, "(key)").split())[:300]
+                trouble = " ".join(f"{host}: {error}".replace(key, "(key)").split())[:300]
                 status = getattr(error, "status_code", 500)
                 if error.code == "insufficient_quota" or status < 500 and status not in (408, 409, 429):
-                    why = f"the server refuses: {trouble}"
+                    why = f"the request was refused by {trouble}"
                 elif failures > args.concurrency:
                     why = f"{failures} requests in a row failed, the last with: {trouble}"
                 continue                                # story i is left to the next run
@@ -324,7 +328,7 @@ def main(argv=None):
     parser.option("name", "mystories", "the corpus: a folder under data/")
     parser.option("n", 1000, "number of stories")
     parser.option("model", "", "the model's name, as its server knows it")
-    parser.option("base_url", "", "where the server is, if not OPENAI_BASE_URL or OpenAI, e.g. http://localhost:8000/v1")
+    parser.option("base_url", "", "the server, where OPENAI_BASE_URL does not say it, e.g. http://localhost:8000/v1")
     parser.option("seed", 1, "chooses the words and features of every story")
     parser.option("naive", False, "ask for a story and nothing else, to see how alike they are")
     parser.option("level", "3-year-old", "who has to understand the stories")
@@ -333,7 +337,7 @@ def main(argv=None):
     parser.option("max_tokens", 1000, "limit of an answer; a story that reaches it is rejected")
     parser.option("concurrency", 16, "requests under way at a time")
     parser.option("timeout", 120.0, "seconds to wait for an answer")
-    parser.option("max_retries", 8, "times a rate limit, server error or time-out is tried again, waiting longer each time")
+    parser.option("max_retries", 8, "times to try again, waiting longer each time, after an error that may pass")
     parser.option("price_in", 0.0, "dollars per million tokens of prompts")
     parser.option("price_out", 0.0, "dollars per million tokens of answers")
     parser.option("max_cost", math.inf, "stop before the corpus has cost more dollars than this")
@@ -369,17 +373,15 @@ def main(argv=None):
         sys.exit("OPENAI_API_KEY has characters that no key has: was it copied whole?")
     if not args.model:
         parser.error("which model? --model=gpt-4o-mini for one")
-    url = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://"
-    if not url.startswith(("http://", "https://")):
-        parser.error(f"--base_url={url} must begin with http:// or https://")
+    if not re.match("https?://", args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://"):
+        parser.error("--base_url and OPENAI_BASE_URL must begin with http:// or https://")
 
     folder = os.path.join("data", args.name)
     settings_path, stories_path, rejected_path = [
         os.path.join(folder, name) for name in ("generate.json", "stories.jsonl", "rejected.jsonl")]
-    request = {"model": args.model, "temperature": args.temperature}
-    digest = hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:8]
-    settings = {**request, "max_tokens": args.max_tokens, "seed": args.seed, "naive": args.naive, "level": args.level,
-                "words": f"{os.path.basename(args.words)} ({digest})"}
+    settings = {name: getattr(args, name)
+                for name in ("model", "seed", "naive", "level", "temperature", "max_tokens")}
+    settings["words"] = f"{os.path.basename(args.words)} ({hashlib.sha256(repr(lists).encode()).hexdigest()[:8]})"
     os.makedirs(folder, exist_ok=True)
     ledger = Ledger()
     with lock(os.path.join(folder, "generate.lock")):
@@ -402,7 +404,7 @@ def main(argv=None):
         try:
             with (open(stories_path, "a", encoding="utf-8") as stories,
                   open(rejected_path, "a", encoding="utf-8") as rejected):
-                why = asyncio.run(write(args, key, request, lists, ledger, stories, rejected))
+                why = asyncio.run(write(args, key, lists, ledger, stories, rejected))
         except KeyboardInterrupt:
             why = "stopped by Ctrl-C, without the answers under way"
         except OSError as error:
@@ -414,8 +416,8 @@ def main(argv=None):
           f"{ledger.rejects.total():,} answers rejected{reasons and f' ({reasons}; see {rejected_path})'}; "
           f"{ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out, "
           f"${cost(args, ledger.tokens_in, ledger.tokens_out):,.2f}")
-    if why:
-        sys.exit(f"{why}\n{len(ledger.missing(args.n)):,} stories are missing: the same command goes on")
+    if left := len(ledger.missing(args.n)):
+        sys.exit(f"{why}\n{left:,} stories are missing: the same command goes on")
     if not ledger.done:
         sys.exit(f"not one story was good: read {rejected_path}, and choose another --model and --name")
     print(f"next: python prepare.py --dataset={args.name}")

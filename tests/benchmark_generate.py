@@ -1,4 +1,4 @@
-"""PYTHONPATH=. python tests/benchmark_generate.py: how fast generate.py takes in answers when the server is not what limits it."""
+"""How fast generate.py takes in answers: PYTHONPATH=. python tests/benchmark_generate.py"""
 import json
 import os
 import resource

@@ -36,7 +36,7 @@ def answer(text, finish="stop", **message):
 def good(prompt):
     """A story that uses the words the prompt asks for, unlike that of any other prompt."""
     words = " and ".join(re.findall(r'"(\w+)"', prompt))
-    return answer(f"A little story had {words} in it.\n\n" + f"They said {words} again. " * 15 + "\n\nSummary: It ended.")
+    return answer(f"A story had {words} in it.\n\n" + f"They said {words} again. " * 15 + "\n\nSummary: It ended.")
 
 
 def fault(status, message="try later", **headers):
@@ -194,7 +194,7 @@ def test_a_dry_run_needs_no_key_asks_nothing_and_writes_nothing(monkeypatch, cap
     (["stop", "baby", "big"], "She was stopping. Two babies, the biggest.", []),
     (["bake", "leaf", "gentle"], "He bakes with leaves, gently.", []),
     (["cry", "mouse", "happy"], "The mice cried happily.", []),
-    (["go", "child", "good"], "The children went to a better place.", []),
+    (["go", "fisherman", "good"], "The fishermen went to a better place.", []),
     (["give up", "ice cream", "wet"], "Tom gave it up. The ICE-CREAM was wet!", []),
     (["eat", "dog", "red"], "The dog’s bread was EATEN.", ["red"]),    # not the "red" of "bread"... nor of "EATEN"
     (["eat", "cat", "old"], "The catty man had a seat and told.", ["eat", "cat", "old"]),
@@ -354,7 +354,7 @@ def test_a_server_that_is_not_there():
     ("--base_url=localhost:1", "must begin with http"), ("--n=0", "--n must be above 0"),
     ("--max_cost=1", "needs the prices"), ("--model=", "which model"),
     ("--tempreture=1", "did you mean --temperature"), ("--words=none.json", "cannot read none.json"),
-    ("--n=141", "only 140 triples"), ("--words=data.txt", "is no vocabulary")])
+    ("--n=141", "only 140 triples"), ("--words=data.txt", "is not of the form")])
 def test_a_wrong_command_line_is_one_line(options, error, capsys):
     pathlib.Path("data.txt").write_text('{"verbs": {}, "nouns": {}, "adjectives": {}}')
     with Server() as server:
@@ -407,7 +407,7 @@ def test_a_half_written_last_line_is_repaired(name):
     with Server(lambda prompt, times: answer("No.") if times == 1 else None) as server:
         run(server, "--n=3")
         whole = path.read_bytes()
-        for cut in 1, 40:                       # only the newline is missing, which costs nothing; or half the line is
+        for cut in 1, 40:                               # only the newline is missing: nothing is lost; or half a line
             path.write_bytes(whole[:-cut])
             run(server, "--n=3")
             assert indices() == [0, 1, 2] and path.read_bytes().endswith(b"\n")
@@ -418,7 +418,7 @@ def test_a_half_written_last_line_is_repaired(name):
 
 def test_a_setting_that_brought_nothing_yet_may_be_mended():
     with Server(lambda prompt, times: fault(404) if server.requests[-1]["model"] == "writer" else None) as server:
-        assert "the server refuses" in refused(server, "--n=2")
+        assert "refused by 127.0.0.1" in refused(server, "--n=2")
         run(server, "--n=2", "--model=writer-2")
     assert indices() == [0, 1]
 
@@ -444,15 +444,20 @@ def wait_until(condition):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-def test_ctrl_c_waits_for_the_answers_under_way():
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_the_answers_under_way_and_a_second_one_does_not(times):
     with Server(lambda prompt, times: time.sleep(0.5)) as server:
         process = start(server, "--n=100", "--concurrency=5")
         wait_until(lambda: server.under_way == 5)
         process.send_signal(signal.SIGINT)
+        if times == 2:
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
         out, err = process.communicate()
+    kept = 5 if times == 1 else 0
     assert process.returncode == 1 and "Traceback" not in err
-    assert len(server.requests) == len(lines()) == 5
-    assert "stopped by Ctrl-C" in err and "95 stories are missing: the same command goes on" in err
+    assert len(server.requests) == 5 and len(lines()) == kept
+    assert "stopped by Ctrl-C" in err and f"{100 - kept} stories are missing: the same command goes on" in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
