@@ -116,10 +116,8 @@ far farther further|good better best|little less least|many more most""")}
 
 def forms(word, endings):
     """The word and its inflections: stop, stops, stopped, stopping (and some that nobody writes, like stoped)."""
-    stems = [word, word + word[-1]]                                             # walk-ed, stopp-ed
-    stems += [word[:-1]] if word.endswith("e") else []                          # bak-ing
-    stems += [word[:-1] + "i"] if word.endswith("y") else []                    # cri-ed
-    stems += [re.sub("fe?$", "v", word)] if re.search("fe?$", word) else []     # leav-es
+    # walk-ed, stopp-ed, bak-ing, cri-ed, leav-es
+    stems = word, word + word[-1], re.sub("e$", "", word), re.sub("y$", "i", word), re.sub("fe?$", "v", word)
     return {word, word + "s", re.sub("man$", "men", word), *IRREGULAR.get(word, []),
             *(stem + ending for stem in stems for ending in endings)}
 
@@ -158,7 +156,7 @@ def reason_against(story, finish, refusal, words, seen):
     return "copy" if fingerprint(story) in seen else ""
 
 # ---------------------------------------------------------------------------------------------------------------
-# files and server
+# the files, and the server
 
 def lock(path):
     """Open `path` and hold it for this process, or exit. The system lets go when the process ends, even if killed."""
@@ -204,23 +202,31 @@ async def ask(client, request, prompt):
     """
     try:
         reply = await client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **request)
-        choice, usage = reply.choices[0], reply.usage
-        text, finish, refusal = choice.message.content or "", choice.finish_reason, choice.message.refusal
-        text = text.encode("utf-8", "replace").decode()             # half a surrogate pair cannot be written
     except openai.BadRequestError as error:
         if error.code != "content_filter":
             raise
         return "", "content_filter", None, request["model"], 0, 0
-    except (ValueError, TypeError, AttributeError, IndexError):     # not JSON, or JSON that is no answer
+    except ValueError:                  # not JSON
+        reply = None
+    try:
+        choice, usage = reply.choices[0], reply.usage
+        text, finish, refusal = choice.message.content or "", choice.finish_reason, choice.message.refusal
+        text = text.encode("utf-8", "replace").decode()         # half a surrogate pair cannot be written
+    except (TypeError, AttributeError, IndexError):             # JSON, but no answer
         return "", "malformed", None, request["model"], len(prompt) // 4, 0
     return (text, finish, refusal, reply.model or request["model"],
             getattr(usage, "prompt_tokens", None) or len(prompt) // 4,
             getattr(usage, "completion_tokens", None) or len(text) // 4)
 
 
+def cost(args, tokens_in, tokens_out):
+    """Dollars, at prices per million tokens."""
+    return (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
+
+
 @dataclass
 class Ledger:
-    """What the two files hold. Read at the start and kept up to date by the same lines, so that both agree."""
+    """What the two files hold: filled from them at the start, then by the same `add` with each line written."""
     done: set = field(default_factory=set)              # i of the stories
     seen: set = field(default_factory=set)              # their fingerprints
     asked: Counter = field(default_factory=Counter)     # rejected answers per i
@@ -312,15 +318,11 @@ async def write(args, key, lists, ledger, stories, rejected):
     except asyncio.CancelledError:      # Ctrl-C; a second one ends the process
         why = "stopped by Ctrl-C"
         bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)
-    await asyncio.gather(*workers)
+    await asyncio.wait(workers)
+    await asyncio.gather(*workers)      # raises what a worker raised
     bar.close()
     await client.close()
     return why or trouble and f"some requests failed, the last with: {trouble}"
-
-
-def cost(args, tokens_in, tokens_out):
-    """Dollars, at prices per million tokens."""
-    return (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
 
 
 def main(argv=None):
@@ -343,11 +345,9 @@ def main(argv=None):
     parser.option("max_cost", math.inf, "stop before the corpus has cost more dollars than this")
     parser.option("dry_run", False, "ask nothing: print three prompts, the coverage and the cost to expect")
     args = parser.parse_args(argv)
-    for option in ("n", "max_tokens", "concurrency", "timeout"):
-        if getattr(args, option) <= 0:
-            parser.error(f"--{option} must be above 0")
-    if min(args.price_in, args.price_out, args.max_retries, args.temperature) < 0:
-        parser.error("--price_in, --price_out, --max_retries and --temperature must not be negative")
+    if min(args.n, args.max_tokens, args.concurrency, args.timeout) <= 0 or min(args.max_retries, args.price_in,
+                                                                                args.price_out) < 0:
+        parser.error("numbers must be above 0 (--max_retries and the prices may be 0)")
     if args.max_cost < math.inf and not args.price_in + args.price_out:
         parser.error("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
 

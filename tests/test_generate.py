@@ -235,7 +235,7 @@ STORY = good('"jump"')["choices"][0]["message"]["content"]
 @pytest.mark.parametrize("reason, bad", [
     ("word missing", answer("Once upon a time they all were glad. " * 12)),
     ("cut off", answer(STORY, finish="length")),
-    ("cut off", answer(STORY[:200])),
+    ("cut off", answer(STORY.partition("Summary")[0] + "And then")),
     ("refused", answer(None, refusal="I will not.")),
     ("refused", answer("", finish="content_filter")),
     ("refused", answer("I’m sorry, but I can’t write that story. " * 12)),
@@ -351,7 +351,7 @@ def test_a_server_that_is_not_there():
 
 
 @pytest.mark.parametrize("options, error", [
-    ("--base_url=localhost:1", "must begin with http"), ("--n=0", "--n must be above 0"),
+    ("--base_url=localhost:1", "must begin with http"), ("--n=0", "must be above 0"),
     ("--max_cost=1", "needs the prices"), ("--model=", "which model"),
     ("--tempreture=1", "did you mean --temperature"), ("--words=none.json", "cannot read none.json"),
     ("--n=141", "only 140 triples"), ("--words=data.txt", "is not of the form")])
@@ -484,6 +484,18 @@ def test_killed_at_random_moments_every_story_is_there_once_and_paid_once():
 
 def prompt_of(record):
     return generate.prompt_for("3-year-old", record["words"], record["features"])
+
+def test_a_bug_does_not_lose_the_answers_under_way(monkeypatch):
+    def parse(text, answers=iter(range(99))):
+        if next(answers) == 2:
+            raise RuntimeError("a bug")
+        return "A cat sat. " * 20 + text, ""
+    monkeypatch.setattr(generate, "parse", parse)
+    with Server(lambda prompt, times: time.sleep(0.02 * len(server.requests))) as server:
+        with pytest.raises(RuntimeError):
+            run(server, "--n=40", "--concurrency=8")
+        assert len(lines()) + 1 == len(server.requests) < 20
+
 
 @pytest.mark.skipif(os.name == "nt", reason="limits a file's size the POSIX way")
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on():
