@@ -1,0 +1,536 @@
+"""generate.py against a real HTTP server on loopback, which speaks Chat Completions and misbehaves on demand."""
+import collections
+import itertools
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import generate
+
+SCRIPT = pathlib.Path(generate.__file__)
+KEY = "sk-a-key-that-must-not-be-seen"
+WORDS = {"verbs": {"nothing": ["jump", "sleep", "go"], "things": ["eat", "carry", "bake", "find"]},
+         "nouns": {"animals": ["dog", "mouse", "bear"], "places": ["park", "hill", "dog"]},
+         "adjectives": {"all": ["red", "big", "happy", "wet"]}, "facts": {"dog": "barks"}}
+TRIPLES = 7 * 5 * 4
+
+# ---------------------------------------------------------------------------------------------------------------
+# the server
+
+def answer(text, finish="stop", **message):
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "writer-2024", "choices": [
+                {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 200, "total_tokens": 300}}
+
+
+def good(prompt):
+    """A story that uses the words the prompt asks for, unlike that of any other prompt."""
+    words = " and ".join(re.findall(r'"(\w+)"', prompt))
+    return answer(f"A story had {words} in it.\n\n" + f"They said {words} again. " * 15 + "\n\nSummary: It ended.")
+
+
+def fault(status, message="try later", **headers):
+    """An answer that the client should retry (at once, unless told otherwise) or give up on."""
+    headers = {"retry-after-ms": "1", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    return status, headers, json.dumps({"error": {"message": message, "code": message}})
+
+
+class Server(ThreadingHTTPServer):
+    """`behave(prompt, times)` says how to answer a prompt that comes for the n-th time; None is a good answer.
+
+    It returns an answer's JSON, or (status, headers, body) where body may be None: half an answer, then silence.
+    """
+    daemon_threads, request_queue_size = True, 256
+
+    def __init__(self, behave=lambda prompt, times: None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behave, self.requests, self.times, self.keys = behave, [], collections.Counter(), set()
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, address):
+        pass                            # a client that was killed
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm, wbufsize = "HTTP/1.1", True, -1
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        server = self.server
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        prompt = request["messages"][0]["content"]
+        with server.lock:
+            server.requests.append(request)
+            server.times[prompt] += 1
+            times = server.times[prompt]
+            server.under_way += 1
+            server.most_under_way = max(server.most_under_way, server.under_way)
+        server.keys.add(self.headers["authorization"])
+        reply = server.behave(prompt, times) or good(prompt)
+        status, headers, body = (200, {}, json.dumps(reply)) if isinstance(reply, dict) else reply
+        with server.lock:
+            server.under_way -= 1
+        whole = (body if body is not None else json.dumps(good(prompt))).encode()
+        self.send_response(status)
+        for name, value in {"content-type": "application/json", "content-length": str(len(whole)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(whole if body is not None else whole[:len(whole) // 2])
+        self.close_connection = body is None
+
+# ---------------------------------------------------------------------------------------------------------------
+# help
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty folder with a small vocabulary, and a key."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    pathlib.Path("words.json").write_text(json.dumps(WORDS))
+    yield
+    for path in pathlib.Path("data").rglob("*"):
+        assert path.is_dir() or KEY not in path.read_text(), f"the key is in {path}"
+
+
+def command(server, *options):
+    return [f"--base_url={server.url}", "--model=writer", "--words=words.json", "--name=tales", "--n=5", *options]
+
+
+def run(server, *options):
+    generate.main(command(server, *options))
+
+
+def refused(server, *options):
+    """The line with which a run ends that cannot go on."""
+    with pytest.raises(SystemExit) as end:
+        run(server, *options)
+    assert KEY not in str(end.value.code)
+    return str(end.value.code)
+
+
+def lines(name="stories"):
+    path = pathlib.Path("data/tales") / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def indices(name="stories"):
+    return sorted(record["index"] for record in lines(name))
+
+# ---------------------------------------------------------------------------------------------------------------
+# what is asked for
+
+def test_every_triple_of_words_comes_once():
+    lists = generate.load_words("words.json")
+    assert lists[1] == ["bear", "dog", "hill", "mouse", "park"]         # distinct and sorted, in whatever groups
+    for seed in 1, 2:
+        plans = [generate.plan(i, seed, lists) for i in range(TRIPLES)]
+        assert {tuple(words) for words, _ in plans} == set(itertools.product(*lists))
+    assert plans != [generate.plan(i, 1, lists) for i in range(TRIPLES)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000])
+def test_the_order_is_a_bijection_that_looks_random(size):
+    order = [generate.shuffled(i, size, seed=7) for i in range(size)]
+    assert sorted(order) == list(range(size))
+    if size == 1000:
+        mean_step = sum(abs(a - b) for a, b in zip(order, order[1:])) / 999
+        assert 300 < mean_step < 366                                    # a third of the range; in order it is 1
+
+
+def test_features_are_a_random_subset_of_up_to_three():
+    lists = generate.load_words("words.json")
+    subsets = [generate.plan(i, 1, lists)[1] for i in range(TRIPLES)]
+    assert {len(subset) for subset in subsets} == {0, 1, 2, 3}
+    assert {feature for subset in subsets for feature in subset} == set(generate.FEATURES)
+    assert all(len(set(subset)) == len(subset) for subset in subsets)
+
+
+def test_the_prompt_asks_for_words_features_level_and_summary():
+    prompt = generate.prompt_for("7-year-old", ["jump", "dog", "red"], ["bad ending"])
+    for part in '"jump"', '"dog"', '"red"', generate.FEATURES["bad ending"], "7-year-old", "Summary:":
+        assert part in prompt
+    naive = generate.prompt_for("3-year-old", [], [])
+    assert "verb" not in naive and not any(wish in naive for wish in generate.FEATURES.values())
+
+
+def test_a_dry_run_needs_no_key_asks_nothing_and_writes_nothing(monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with Server() as server:
+        run(server, "--dry_run", "--n=20", "--price_in=1", "--price_out=1000")
+    out = capsys.readouterr().out
+    assert out.count("Write a short story") == 3
+    assert "one story in 7 of 140 triples of words" in out
+    assert "7,000 out: $7.00" in out                                    # the prompts cost a fifth of a cent
+    assert not server.requests and not os.path.exists("data")
+
+# ---------------------------------------------------------------------------------------------------------------
+# what comes back
+
+@pytest.mark.parametrize("words, story, absent", [
+    (["jump", "dog", "red"], "The dogs jumped on a red ball.", []),
+    (["stop", "baby", "big"], "She was stopping. Two babies, the biggest.", []),
+    (["bake", "leaf", "gentle"], "He bakes with leaves, gently.", []),
+    (["cry", "mouse", "happy"], "The mice cried happily.", []),
+    (["go", "fisherman", "good"], "The fishermen went to a better place.", []),
+    (["give up", "ice cream", "wet"], "Tom gave it up. The ICE-CREAM was wet!", []),
+    (["eat", "dog", "red"], "The dog’s bread was EATEN.", ["red"]),    # not the "red" of "bread"... nor of "EATEN"
+    (["eat", "cat", "old"], "The catty man had a seat and told.", ["eat", "cat", "old"]),
+    (["carry", "car", "wet"], "I care for a card.", ["carry", "car", "wet"]),
+])
+def test_inflections_count_as_the_word_and_lookalikes_do_not(words, story, absent):
+    assert generate.missing(words, story) == absent
+
+
+@pytest.mark.parametrize("text", [
+    "A cat sat.\n\nIt slept.\n\nSummary: It slept.",
+    "Story: A cat sat.\n\nIt slept.\nsummary: It slept.",
+    "**The Cat**\n\nA cat sat.\n\nIt slept.\n\n**Summary:** It slept.",
+    "# The Cat\nA cat sat.\n\nIt slept.\n\n---\n\n## Summary: It slept.",
+    "Sure! Here is your story:\n\n**Story:**\nA cat sat.\n\nIt slept.\n\n*Summary*:\nIt slept.",
+    "<think>\nSummary: I need a cat.\n</think>\nA cat sat.\n\nIt slept.\n\nSummary: It slept.\n",
+])
+def test_story_and_summary_are_found_in_what_models_put_around_them(text):
+    assert generate.parse(text) == ("A cat sat.\n\nIt slept.", "It slept.")
+
+
+def test_a_run_writes_one_whole_record_a_story(capsys):
+    with Server(lambda prompt, times: time.sleep(0.02)) as server:
+        run(server, "--n=30", "--concurrency=4", "--price_in=1", "--price_out=3")
+    assert indices() == list(range(30)) and lines("rejected") == []
+    assert len(server.requests) == 30 and 1 < server.most_under_way <= 4
+    record, (words, features) = lines()[0], generate.plan(lines()[0]["index"], 1, generate.load_words("words.json"))
+    assert record["words"] == words and record["features"] == features
+    assert record["story"].endswith("again.") and record["summary"] == "It ended."
+    assert (record["model"], record["tokens_in"], record["tokens_out"]) == ("writer-2024", 100, 200)
+    assert "30 stories, 0 given up" in (out := capsys.readouterr().out)
+    assert "3,000 tokens in, 6,000 out, $0.02" in out and "python prepare.py --dataset=tales" in out
+
+
+STORY = good('"jump"')["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("reason, bad", [
+    ("word missing", answer("Once upon a time they all were glad. " * 12)),
+    ("cut off", answer(STORY, finish="length")),
+    ("cut off", answer(STORY.partition("Summary")[0] + "And then")),
+    ("refused", answer(None, refusal="I will not.")),
+    ("refused", answer("", finish="content_filter")),
+    ("refused", answer("I’m sorry, but I can’t write that story. " * 12)),
+    ("refused", (400, {}, json.dumps({"error": {"message": "filtered", "code": "content_filter"}}))),
+    ("too short", answer("A dog ran. Summary: It ran.")),
+    ("empty", answer("")),
+    ("empty", answer(None)),
+    ("malformed", (200, {}, '{"choices": [')),
+    ("malformed", (200, {}, "[1, 2]")),
+    ("malformed", (200, {}, '{"error": {"message": "overloaded"}}')),
+    ("malformed", (200, {"content-type": "text/html"}, "<html>Please log in</html>")),
+    ("malformed", {**answer(""), "choices": []}),
+    ("malformed", answer([{"type": "text", "text": "parts"}])),
+])
+def test_a_bad_answer_is_counted_and_asked_for_once_more(reason, bad, capsys):
+    with Server(lambda prompt, times: bad if times == 1 else None) as server:
+        run(server, "--n=2")
+    assert indices() == [0, 1] and len(server.requests) == 4
+    assert [record["reason"] for record in lines("rejected")] == [reason] * 2
+    assert f"0 given up; 2 answers rejected (2 {reason};" in capsys.readouterr().out
+
+
+def test_a_copy_of_an_earlier_story_is_rejected_even_in_other_clothes():
+    def shout(prompt, times):
+        return answer(STORY if len(server.requests) == 1 else STORY.upper().replace(" ", "  "))
+    with Server(shout) as server:
+        run(server, "--n=3", "--naive", "--concurrency=1")
+        assert indices() == [0] and [record["reason"] for record in lines("rejected")] == ["copy"] * 4
+        run(server, "--n=4", "--naive")                                 # the earlier run's stories count, too
+    assert indices() == [0] and indices("rejected") == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_story_rejected_twice_is_given_up_for_good(capsys):
+    with Server(lambda prompt, times: answer("No.") if '"dog"' in prompt else None) as server:
+        run(server, "--n=40")
+        given_up = set(indices("rejected"))
+        assert given_up and set(indices()) == set(range(40)) - given_up
+        assert len(server.requests) == 40 + len(given_up)
+        assert f"{len(given_up)} given up" in capsys.readouterr().out
+        run(server, "--n=40")
+    assert len(server.requests) == 40 + len(given_up)                   # nothing is paid for again
+    assert f"({2 * len(given_up)} too short;" in capsys.readouterr().out
+
+
+def test_half_a_surrogate_pair_does_not_lose_the_answer():
+    with Server(lambda prompt, times: answer(good(prompt)["choices"][0]["message"]["content"] + "\ud83d")) as server:
+        run(server, "--n=1")
+    assert lines()[0]["summary"] == "It ended.?"
+
+# ---------------------------------------------------------------------------------------------------------------
+# faults
+
+def test_faults_that_pass_cost_nothing_but_time():
+    def misbehave(prompt, times):
+        if times == 1:
+            time.sleep(0.05 * random.random())
+            return next(faults)
+    faults = itertools.cycle([fault(429), fault(500), fault(503), fault(408), (200, {}, None)])
+    with Server(misbehave) as server:
+        run(server, "--n=20", "--concurrency=3")
+    assert indices() == list(range(20)) and lines("rejected") == []
+    assert set(server.times.values()) == {2} and server.most_under_way <= 3
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_retry_after_is_honoured():
+    times = []
+    with Server(lambda prompt, n: times.append(time.time()) or (
+            fault(429, retry_after="1", retry_after_ms="") if n == 1 else None)) as server:
+        run(server, "--n=1")
+    assert len(times) == 2 and times[1] - times[0] >= 1
+
+
+def test_a_slow_answer_is_given_up_and_asked_for_again():
+    with Server(lambda prompt, times: time.sleep(1.5) if times == 1 else None) as server:
+        run(server, "--n=1", "--timeout=0.3")
+    assert indices() == [0] and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status, message", [
+    (401, f"Incorrect API key provided: {KEY}"), (403, "not allowed"), (404, "The model `writer` does not exist"),
+    (400, "Unsupported parameter"), (402, "no credit"), (429, "insufficient_quota")])
+def test_what_waiting_cannot_mend_stops_the_run_at_once(status, message, capsys):
+    with Server(lambda prompt, times: fault(status, message) if len(server.requests) > 10 else None) as server:
+        start = time.time()
+        line = refused(server, "--n=100", "--concurrency=3")
+    assert time.time() - start < 3 and len(server.requests) <= 13 and len(lines()) == 10
+    assert message.split(":")[0] in line and "90 stories are missing: the same command goes on" in line
+    assert KEY not in "".join(capsys.readouterr())
+
+
+def test_a_server_that_always_fails_is_not_asked_for_ever():
+    with Server(lambda prompt, times: fault(500, "broken")) as server:
+        line = refused(server, "--n=100", "--concurrency=3", "--max_retries=1")
+    assert "in a row failed, the last with" in line and "broken" in line
+    assert len(server.requests) <= 2 * 3 * 3 and set(server.times.values()) == {2}
+
+
+def test_one_story_that_always_fails_does_not_hold_up_the_others():
+    with Server(lambda prompt, times: fault(500) if prompt == server.requests[0]["messages"][0]["content"] else None
+                ) as server:
+        assert "1 stories are missing" in refused(server, "--n=10", "--max_retries=1", "--concurrency=2")
+        assert len(lines()) == 9
+        server.behave = lambda prompt, times: None
+        run(server, "--n=10")
+    assert indices() == list(range(10)) and len(server.requests) == 9 + 2 + 1
+
+
+def test_a_server_that_is_not_there():
+    with Server() as server:
+        pass
+    assert "Connection error" in refused(server, "--n=2", "--max_retries=0")
+
+
+@pytest.mark.parametrize("options, error", [
+    ("--base_url=localhost:1", "must begin with http"), ("--n=0", "must be above 0"),
+    ("--max_cost=1", "needs the prices"), ("--model=", "which model"),
+    ("--tempreture=1", "did you mean --temperature"), ("--words=none.json", "cannot read none.json"),
+    ("--n=141", "only 140 triples"), ("--words=data.txt", "is not of the form")])
+def test_a_wrong_command_line_is_one_line(options, error, capsys):
+    pathlib.Path("data.txt").write_text('{"verbs": {}, "nouns": {}, "adjectives": {}}')
+    with Server() as server:
+        line = refused(server, options)
+    line = capsys.readouterr().err if line == "2" else line
+    assert error in line and line.count("\n") <= 1 and not server.requests
+
+
+def test_a_missing_or_broken_key_is_one_line(monkeypatch):
+    with Server() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", f"“{KEY}”")
+        assert "characters that no key has" in refused(server)
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert "python world.py" in refused(server)
+    assert not server.requests
+
+# ---------------------------------------------------------------------------------------------------------------
+# nothing lost, nothing paid twice
+
+def test_a_longer_run_only_adds():
+    with Server() as server:
+        run(server, "--n=10")
+        before = lines()
+        run(server, "--n=25")
+    assert lines()[:10] == before and indices() == list(range(25)) and len(server.requests) == 25
+
+
+@pytest.mark.parametrize("option", ["--model=other", "--seed=2", "--level=pupil", "--naive", "--temperature=0.5",
+                                    "--max_tokens=10", "--words=more.json"])
+def test_other_settings_are_refused_by_name(option):
+    pathlib.Path("more.json").write_text(json.dumps({**WORDS, "nouns": {"animals": ["ox"]}}))
+    with Server() as server:
+        run(server, "--n=2")
+        assert f"was begun with {option.split('=')[0]}=" in refused(server, "--n=3", option)
+        run(server, "--n=3", "--concurrency=1", "--timeout=9", "--max_retries=1")       # these may change
+    assert len(server.requests) == 3
+
+
+def test_a_corpus_from_elsewhere_is_left_alone():
+    os.makedirs("data/tales")
+    pathlib.Path("data/tales/stories.jsonl").write_text('{"story": "mine"}\n')
+    with Server() as server:
+        assert "was not written by generate.py" in refused(server)
+    assert lines() == [{"story": "mine"}] and not server.requests
+
+
+@pytest.mark.parametrize("name", ["stories", "rejected"])
+def test_a_half_written_last_line_is_repaired(name):
+    path = pathlib.Path(f"data/tales/{name}.jsonl")
+    with Server(lambda prompt, times: answer("No.") if times == 1 else None) as server:
+        run(server, "--n=3")
+        whole = path.read_bytes()
+        for cut in 1, 40:                               # only the newline is missing: nothing is lost; or half a line
+            path.write_bytes(whole[:-cut])
+            run(server, "--n=3")
+            assert indices() == [0, 1, 2] and path.read_bytes().endswith(b"\n")
+            assert len(server.requests) == 6 + (cut == 40 and name == "stories")
+        path.write_bytes(b'{"index": \n' + whole)
+        assert "line 1 is not JSON" in refused(server)
+
+
+def test_a_setting_that_brought_nothing_yet_may_be_mended():
+    with Server(lambda prompt, times: fault(404) if server.requests[-1]["model"] == "writer" else None) as server:
+        assert "refused by 127.0.0.1" in refused(server, "--n=2")
+        run(server, "--n=2", "--model=writer-2")
+    assert indices() == [0, 1]
+
+
+def test_two_runs_on_one_corpus_are_refused():
+    with Server() as server:
+        run(server, "--n=2")
+        with generate.lock("data/tales/generate.lock"):
+            assert "another run is writing data/tales" in refused(server, "--n=3")
+        run(server, "--n=3")
+
+
+def start(server, *options, **more):
+    return subprocess.Popen([sys.executable, str(SCRIPT), *command(server, *options)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **more)
+
+
+def wait_until(condition):
+    deadline = time.time() + 30
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_the_answers_under_way_and_a_second_one_does_not(times):
+    with Server(lambda prompt, times: time.sleep(0.5)) as server:
+        process = start(server, "--n=100", "--concurrency=5")
+        wait_until(lambda: server.under_way == 5)
+        process.send_signal(signal.SIGINT)
+        if times == 2:
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    kept = 5 if times == 1 else 0
+    assert process.returncode == 1 and "Traceback" not in err
+    assert len(server.requests) == 5 and len(lines()) == kept
+    assert "stopped by Ctrl-C" in err and f"{100 - kept} stories are missing: the same command goes on" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_killed_at_random_moments_every_story_is_there_once_and_paid_once():
+    n, concurrency, kills, rng = 120, 8, 6, random.Random()
+    with Server(lambda prompt, times: time.sleep(0.02 * rng.random())) as server:
+        for kill in range(kills):
+            process = start(server, f"--n={n}", f"--concurrency={concurrency}")
+            target = len(server.requests) + rng.randint(1, n // kills)
+            wait_until(lambda: len(server.requests) >= target)
+            time.sleep(0.02 * rng.random())
+            process.kill()
+            process.communicate()
+            # what is on disk now must never be asked for again
+            kept = pathlib.Path("data/tales/stories.jsonl").read_text().rpartition("\n")[0].splitlines()
+            paid = {prompt_of(json.loads(line)): server.times[prompt_of(json.loads(line))] for line in kept}
+        process = start(server, f"--n={n}")
+        out, err = process.communicate()
+    assert process.returncode == 0 and f"{n} stories, 0 given up" in out
+    assert indices() == list(range(n)) and len({record["story"] for record in lines()}) == n
+    assert all(server.times[prompt] == times for prompt, times in paid.items())
+    assert n < len(server.requests) <= n + kills * concurrency          # kills did cost, but only what was under way
+
+
+def prompt_of(record):
+    return generate.prompt_for("3-year-old", record["words"], record["features"])
+
+def test_a_bug_does_not_lose_the_answers_under_way(monkeypatch):
+    def parse(text, answers=iter(range(99))):
+        if next(answers) == 2:
+            raise RuntimeError("a bug")
+        return "A cat sat. " * 20 + text, ""
+    monkeypatch.setattr(generate, "parse", parse)
+    with Server(lambda prompt, times: time.sleep(0.02 * len(server.requests))) as server:
+        with pytest.raises(RuntimeError):
+            run(server, "--n=40", "--concurrency=8")
+        assert len(lines()) + 1 == len(server.requests) < 20
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits a file's size the POSIX way")
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on():
+    import resource
+    with Server() as server:
+        process = start(server, "--n=20", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
+        out, err = process.communicate()
+        assert process.returncode == 1 and "cannot write in data/tales" in err and "Traceback" not in err
+        assert len(server.requests) < 10 * 2                            # those under way, 16 of them, are lost
+        run(server, "--n=20")
+    assert indices() == list(range(20))
+
+# ---------------------------------------------------------------------------------------------------------------
+# money
+
+def test_a_model_that_only_fails_is_not_paid_all_night():
+    with Server(lambda prompt, times: answer("No.")) as server:
+        assert "the last 100 answers were all rejected" in refused(server, "--n=140", "--concurrency=4")
+        assert len(server.requests) < 100 + 4
+        assert "not one story was good" in refused(server, "--n=2", "--name=other")
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_max_cost_is_never_passed_whatever_is_under_way(concurrency, capsys):
+    """The server uses every token it may: 0.01 $ an answer, and half of the answers are rejected."""
+    def dear(prompt, times):
+        reply = answer("No.") if times == 1 else good(prompt)
+        return {**reply, "usage": {"prompt_tokens": 100, "completion_tokens": 1000, "total_tokens": 1100}}
+    options = ["--n=50", f"--concurrency={concurrency}", "--price_out=10", "--max_tokens=1000"]
+    with Server(dear) as server:
+        assert "might pass --max_cost=0.205" in refused(server, *options, "--max_cost=0.205")
+        assert len(server.requests) == 20 and "$0.20" in capsys.readouterr().out
+        refused(server, *options, "--max_cost=0.205")                   # what is spent stays spent
+        assert len(server.requests) == 20
+        refused(server, *options, "--max_cost=0.3")
+        assert len(server.requests) == 30
+        run(server, *options, "--max_cost=1.01")
+    assert indices() == list(range(50)) and len(server.requests) == 100
