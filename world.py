@@ -61,6 +61,9 @@ def forms_of(word, adjective=None):
     return {**forms, "full": described, "a": f"{article(described)} {described}"} if adjective != "" else forms
 
 
+BASE = {name: {form: word for word in sorted(words) for form in forms_of(word).values()} for name, words in VOCABULARY.items()}
+
+
 def expand(text):
     """All wordings of a telling: each [so|and] is resolved one way or the other."""
     choice = re.search(r"\[([^\[\]]*)\]", text)
@@ -80,7 +83,9 @@ def parse(node):
         for piece in re.split(r"(\{[^}]*\}|<[^>]*>)", wording):
             capital = bool(re.search(r"(^|[.!?]”? |“)$", before))
             if piece.startswith("<"):
-                parts.append(("<", *piece[1:-1].split("|")))
+                pair = piece[1:-1].split("|")
+                parts.append(("<", *pair, [base for base in pair if base in VOCABULARY["verbs"]
+                                           and set(pair) <= set(forms_of(base).values())]))
             elif piece.startswith("{@"):
                 name, _, form = piece[2:-1].partition(".")
                 parts.append(("@", name, form, capital and name not in ("cried", "replied", "whispered")))
@@ -286,9 +291,9 @@ class Tale:
             if part.__class__ is str:
                 text = part
             elif part[0] == "<":
-                _, text, wrong = part
+                _, text, wrong, verbs = part
                 self.mark(text, "grammar", wrong)
-                self.used["verbs"] += [wrong] * (wrong in VOCABULARY["verbs"])
+                self.used["verbs"] += verbs
             elif part[0] == "@":
                 _, kind, form, capital = part
                 word = self.choose(LISTS[kind])
@@ -356,7 +361,7 @@ def tell(rng, facts=1.0, reasoning=1.0):
     tone = "quiet" if t.chance(0.3) else "lines"
     t.bad = t.feature("bad ending", 0.2)
     t.cast()
-    t.thing("h", "places")
+    t.thing("h", "outdoors")
     t.lines = PLOTS[t.plot][tone]
     t.say("open", "life?")
     t.act(PLOTS[t.plot]["cast"])
@@ -383,7 +388,7 @@ def tell(rng, facts=1.0, reasoning=1.0):
             t.say(t.choose(("twist", "surprise")))
         if omen:
             t.render(t.choose(omen[1]))
-        t.say("good-end")
+        t.say("/", "good-end")
     if t.feature("moral value", 0.3):
         t.say("moral")
     return t
@@ -417,7 +422,8 @@ def record(t):
     if t.plot != "lego":
         t.parts = []
         t.render(PLOTS[t.plot]["summary"])
-        told["words"] = [t.rng.choice(words) for words in t.used.values() if words]
+        told["words"] = [t.rng.choice(words or [BASE[name][word] for word in story.split() if word in BASE[name]])
+                         for name, words in t.used.items()]
         told["features"] = [name for name in FEATURES if name in t.features or name == "dialogue" and '"' in story]
         told["summary"] = "".join(t.parts[:-1])
     return told
