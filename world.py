@@ -373,7 +373,7 @@ def tell(rng, facts=1.0, reasoning=1.0):
         t.say("quarrel", "/")
     for _ in range(int(0.4 * facts) + t.chance(0.4 * facts % 1)):
         t.fact()
-    for _ in range(int(0.4 * reasoning) + t.chance(0.4 * reasoning % 1)):
+    for _ in range(int(0.6 * reasoning) + t.chance(0.6 * reasoning % 1)):
         aside = ASIDES[t.choose(list(ASIDES))]
         t.lines = aside[tone]
         t.act(aside["plot"])

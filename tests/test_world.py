@@ -228,11 +228,11 @@ def test_what_was_ruled_out_follows_from_the_text():
         if kind == "exclusion" and not re.search(clue, before):
             right, wrong = wrong, right             # the wish was granted, and so the other thing is what was not asked for
         if kind == "exclusion":
-            asked = re.search(r"(have|asked for|pointed\. \"|I want) ?(an?) ([a-z -]+?)(\?|\.|,| most of all| so much)", before,
-                              flags=re.I)
+            shop = before.rsplit("\n", 1)[1]
+            asked = re.search(r'(have|asked for|pointed\. "|I want) ?(an?) ([a-z -]+?)(\?|\.|,| most of all| so much)', shop, re.I)
             assert asked[3] == wrong, told["story"]
         else:
-            assert re.search(clue, before), (wrong, told["story"])
+            assert re.search(clue, before, flags=re.I), (wrong, told["story"])
         solved[kind] += 1
     assert min(solved[kind] for kind in ("either-or", "negation", "exclusion")) > 200
 
