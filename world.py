@@ -1,7 +1,8 @@
 """Write stories from a small simulated world, in which what is true is known, to data/world/stories.jsonl.
 
-A story is told from a state: who there is, what they own, where things lie, who saw what. A plot acts on the state and
-asks for sentences by name; `data/words.json` holds several tellings of each. A telling looks like
+A story is told from a state: who there is, what they own, where things lie, who saw what. A plot, in data/words.json,
+is a list of steps: each names a method of `Tale`, which changes the state or tells a sentence about it. Of every
+sentence there are several tellings, which look like
 
     {a*} put {x.the} in the {p}. Then {a.he} <went|goes> to {@hobbies}, [so|and] {b} looked in the {x_place!belief/q}.
 
@@ -30,7 +31,8 @@ with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "word
 LISTS = {**WORDS["nouns"], **WORDS["verbs"], **WORDS["adjectives"], **WORDS["lists"]}
 LISTS["places"] = LISTS["places in"] + LISTS["places at"]
 LISTS["names"] = LISTS["girls"] + LISTS["boys"]
-VOCABULARY = {name: {word for words in WORDS[name].values() for word in words} for name in ("verbs", "nouns", "adjectives")}
+VOCABULARY = {name: {word for words in WORDS[name].values() for word in words}
+              for name in ("verbs", "nouns", "adjectives")}
 CLASS_OF = {kind: name for kind, words in LISTS.items() for name in VOCABULARY if VOCABULARY[name].issuperset(words)}
 FACTS, COUNTS = WORDS["facts"], ["none", *LISTS["count words"]]
 FEATURES = ["dialogue", "bad ending", "moral value", "foreshadowing", "plot twist", "conflict"]
@@ -42,7 +44,8 @@ VAL_SHARE = 0.03
 # words and wordings
 
 def article(word):
-    return "an" if word[0] in "aeiouAEIOU" and word not in WORDS["forms"]["a"] or word in WORDS["forms"]["an"] else "a"
+    first = word.split()[0]
+    return "an" if first[0] in "aeiou" and first not in WORDS["forms"]["a"] or first in WORDS["forms"]["an"] else "a"
 
 
 @functools.lru_cache(None)
@@ -52,16 +55,18 @@ def forms_of(word, adjective=None):
     y, short = re.search(r"[^aeiou]y$", word), re.fullmatch(r"[^aeiou]*[aeiou][bdgklmnprtz]", word)
     stem = word[:-1] + "i" if y else word + word[-1] if short or word in irregular["doubled"] else word
     plural = word[:-1] + "ies" if y else word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
-    ing = word[:-2] + "y" if word.endswith("ie") else word[:-1] if re.search(r"[^eoy]e$", word) else word if y else stem
+    bare = word if y else word[:-1] if re.search(r"[^eoy]e$", word) else stem
+    ing = (word[:-2] + "y" if word.endswith("ie") else bare) + "ing"
     described = f"{adjective} {word}" if adjective else word
-    forms = {"": word, "s": irregular["plural"].get(word, plural), "ing": ing + "ing", "pos": word + "'s",
+    forms = {"": word, "s": irregular["plural"].get(word, plural), "ing": ing, "pos": word + "'s",
              "past": irregular["past"].get(word, word + "d" if word.endswith("e") else stem + "ed"),
              "an": f"{article(word)} {word}", "the": f"the {word}", "to": f"to the {word}",
              "in": f"{'at' if word in LISTS['places at'] else 'in'} the {word}"}
     return {**forms, "full": described, "a": f"{article(described)} {described}"} if adjective != "" else forms
 
 
-BASE = {name: {form: word for word in sorted(words) for form in forms_of(word).values()} for name, words in VOCABULARY.items()}
+BASE = {name: {form: word for word in sorted(words) for form in forms_of(word).values()}
+        for name, words in VOCABULARY.items()}
 
 
 def expand(text):
@@ -72,7 +77,7 @@ def expand(text):
 
 
 def parse(node):
-    """Tellings as lists of wordings, each a list of parts: plain strings, and tuples for what is yet to be filled in."""
+    """Tellings as lists of wordings, each a list of parts: strings, and tuples for what is yet to be filled in."""
     if isinstance(node, dict):
         return {name: parse(child) for name, child in node.items()}
     if isinstance(node, list):
@@ -90,9 +95,8 @@ def parse(node):
                 name, _, form = piece[2:-1].partition(".")
                 parts.append(("@", name, form, capital and name not in ("cried", "replied", "whispered")))
             elif piece.startswith("{"):
-                slot = re.fullmatch(r"\{([a-z0-9]+)_?([a-z]*)(\*|\.\w+|)(?:!([\w-]+)/([a-z0-9]+)_?([a-z]*))?\}", piece)
-                role, state, form, kind, rival, rival_state = slot.groups()
-                parts.append(("{", (role, state), form.lstrip("."), capital, kind, (rival, rival_state)))
+                role, form, kind, rival = re.fullmatch(r"\{(\w+)(\*|\.\w+|)(?:!([\w-]+)/(\w+))?\}", piece).groups()
+                parts.append(("{", role, form.lstrip("."), capital, kind, rival))
             elif piece:
                 parts.append(piece.replace("“", '"').replace("”", '"'))
             before += piece
@@ -101,7 +105,7 @@ def parse(node):
 
 
 FRAME, OMENS, ASKING = parse(WORDS["frame"]), parse(WORDS["omens"]), parse(WORDS["fact tellings"])
-PLOTS = {name: {**plot, "group": group, "lines": {**FRAME, **parse(plot["lines"])}, "summary": parse(plot["summary"])[0]}
+PLOTS = {name: {**plot, "group": group, "lines": {**FRAME, **parse(plot["lines"])}, "sum": parse(plot["summary"])[0]}
          for group, plots in WORDS["plots"].items() for name, plot in plots.items()}
 ASIDES = {name: {**aside, "lines": parse(aside["lines"])} for name, aside in WORDS["asides"].items()}
 for plot in [*PLOTS.values(), *ASIDES.values()]:        # the same tellings, without speech wherever that is possible
@@ -127,7 +131,8 @@ def person(name, kind, he):
 
 @functools.lru_cache(None)
 def steps(n, split):
-    """The steps from one entry of a list of n to another: those of about half the list belong to val, others to train."""
+    """The steps from one entry of a list of n to another: those of about half its length are for val, all others for
+    train. So a pair that a reader has to tell apart in val was never told apart in train."""
     return [d for d in range(1, n) if (abs(2 * d - n) <= max(1, n // 20)) == (split == "val")]
 
 
@@ -164,7 +169,7 @@ class Tale:
         return [items.pop(self.choose(range(len(items)))) for _ in range(n)]
 
     def pair(self, n, first=None, avoid=None):
-        """Two indices below n, such that no pair of a train story occurs in val."""
+        """Two indices below n, whose difference is one of the `steps`."""
         first = self.choose(range(n)) if first is None else first
         options = [(first + step) % n for step in steps(n, self.split)]
         return first, self.choose([k for k in options if k != avoid])
@@ -269,17 +274,22 @@ class Tale:
                 self.render(self.choose(self.choose(self.lines[name.strip("!?~")])))
 
     def act(self, steps):
-        """Take the steps of a plot: each names a method and what it is given; {"0.7": steps, "0.3": steps} is a choice."""
+        """Take the steps of a plot: the name of a method and what it is given; [steps, steps] is a choice of equals,
+        and {"0.7": steps, "0.3": steps} one with weights."""
         for step in steps:
-            if isinstance(step, dict):
+            if isinstance(step, list):
+                self.act(self.choose(step))
+            elif isinstance(step, dict):
                 self.act(self.choose(list(step.values()), [float(weight) for weight in step]))
             else:
                 method, *given = step.split()
                 getattr(self, method)(*given)
 
     def mark(self, text, skill, wrong, kind=None, capital=False):
-        self.spans.append({"start": self.length, "end": self.length + len(text), "skill": skill,
-                           "wrong": wrong[0].upper() + wrong[1:] if capital else wrong, **({"kind": kind} if kind else {})})
+        wrong = wrong[0].upper() + wrong[1:] if capital else wrong
+        self.spans.append({"start": self.length, "end": self.length + len(text), "skill": skill, "wrong": wrong})
+        if kind:
+            self.spans[-1]["kind"] = kind
 
     def mark_article(self, text):
         first, second = text.split(" ", 2)[:2]
@@ -313,15 +323,17 @@ class Tale:
         self.length += 1
         self.recent = named
 
-    def player(self, role, state):
+    def player(self, role):
+        """Who or what plays a role, or what the state says of it: x_owner, x_place, a_has."""
         if role == "z" and role not in self.roles:          # a small thing that turns up
             self.thing("z", "treasures")
-        entity = self.roles[role]
-        return entity if not state else entity.has[0] if state == "has" else getattr(entity, state)
+        role, _, state = role.partition("_")
+        entity = getattr(self.roles[role], state) if state else self.roles[role]
+        return entity[0] if state == "has" else entity
 
     def render_role(self, part, named):
         _, role, form, capital, kind, rival = part
-        entity = self.player(*role)
+        entity = self.player(role)
         name = entity.forms[""]
         if form == "*":
             clear = entity in self.recent and not named and all(
@@ -340,7 +352,7 @@ class Tale:
         elif entity.kind in CLASS_OF:
             self.used["nouns"].append(name)
         if kind:
-            other = self.player(*rival)
+            other = self.player(rival)
             right, wrong = self.seen.get(name, (0, 0)), self.seen.get(other.forms[""])
             # where memory of words would do, it takes no context: the right one was named last and most, or alone
             if kind not in SKILL or kind == "fact" or wrong and not (right[0] > wrong[0] and right[1] > wrong[1]):
@@ -401,7 +413,8 @@ def lego(rng, min_vars=3, max_vars=6):
     longest = min(26, 2 * max_vars) if t.split == "val" else max_vars
     names = t.shuffle("abcdefghijklmnopqrstuvwxyz", t.choose(range(min_vars, longest + 1)))
     signs = [t.choose((1, -1)) for _ in names]
-    clauses = [f"{name} = {'+' if sign > 0 else '-'}{before}" for name, sign, before in zip(names, signs, ["1"] + names)]
+    clauses = [f"{name} = {'+' if sign > 0 else '-'}{source}"
+               for name, sign, source in zip(names, signs, ["1", *names])]
     story, value = ", ".join(t.shuffle(clauses, len(clauses))) + ".\n", 1
     for depth, (name, sign) in enumerate(zip(names, signs)):
         value *= sign
@@ -421,7 +434,7 @@ def record(t):
     told = {"story": story, "split": t.split, "plot": t.plot, "spans": list(t.spans), "bits": round(t.bits, 3)}
     if t.plot != "lego":
         t.parts = []
-        t.render(PLOTS[t.plot]["summary"])
+        t.render(PLOTS[t.plot]["sum"])
         told["words"] = [t.rng.choice(words or [BASE[name][word] for word in story.split() if word in BASE[name]])
                          for name, words in t.used.items()]
         told["features"] = [name for name in FEATURES if name in t.features or name == "dialogue" and '"' in story]
@@ -445,8 +458,9 @@ def write(n, seed=1, name="world", kind="world", **settings):
     with open(path + ".part", "w", encoding="utf-8") as file:
         for told in tqdm(stories(n, seed, kind, **settings), total=n, unit=" stories", disable=None):
             file.write(json.dumps(told) + "\n")
-            for key, amount in (("stories", 1), ("val", told["split"] == "val"), ("words", len(told["story"].split())),
-                                ("bytes", len(told["story"].encode())), ("bits", told["bits"])):
+            story = told["story"]
+            for key, amount in (("stories", 1), ("val", told["split"] == "val"), ("words", len(story.split())),
+                                ("bytes", len(story.encode())), ("bits", told["bits"])):
                 total[key] += amount
             for span in told["spans"]:
                 total["spans"][span["skill"]] = total["spans"].get(span["skill"], 0) + 1
@@ -458,7 +472,7 @@ def main(argv=None):
     parser = Parser(__doc__.splitlines()[0])
     parser.option("n", 100000, "number of stories")
     parser.option("seed", 1, "story i depends on the seed and on i alone")
-    parser.option("kind", "world", "stories of the world, or lego: chains of variables to resolve", choices=["world", "lego"])
+    parser.option("kind", "world", "world: stories; lego: chains of variables to resolve", choices=["world", "lego"])
     parser.option("name", "", "folder under data/; by default the kind")
     parser.option("facts", 1.0, "how much of the stories is about facts (0: nothing)")
     parser.option("reasoning", 1.0, "how much of the stories is about reasoning (0: nothing)")
@@ -466,7 +480,7 @@ def main(argv=None):
     parser.option("max_vars", 6, "most variables of a LEGO chain for train; val has up to twice as many")
     args = parser.parse_args(argv)
     if args.n < 1 or min(args.seed, args.facts, args.reasoning) < 0 or not 1 <= args.min_vars <= args.max_vars <= 26:
-        sys.exit("--n has to be positive, --seed, --facts and --reasoning not negative, and 1 <= min_vars <= max_vars <= 26: "
+        sys.exit("--n has to be positive, the other numbers not negative, and 1 <= min_vars <= max_vars <= 26: "
                  "try python world.py --n=1000")
     settings = {"min_vars": args.min_vars, "max_vars": args.max_vars} if args.kind == "lego" else \
         {"facts": args.facts, "reasoning": args.reasoning}
