@@ -109,7 +109,7 @@ PLOTS = {name: {**plot, "group": group, "lines": {**FRAME, **parse(plot["lines"]
          for group, plots in WORDS["plots"].items() for name, plot in plots.items()}
 ASIDES = {name: {**aside, "lines": parse(aside["lines"])} for name, aside in WORDS["asides"].items()}
 for plot in [*PLOTS.values(), *ASIDES.values()]:        # the same tellings, without speech wherever that is possible
-    plot["quiet"] = {name: [telling for telling in tellings if '"' not in str(telling)] or tellings
+    plot["quiet"] = {name: [telling for telling in tellings if not any('"' in part for part in telling[0])] or tellings
                      for name, tellings in plot["lines"].items()}
 
 # ---------------------------------------------------------------------------------------------------------------
