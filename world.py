@@ -13,6 +13,7 @@ sentence there are several tellings, which look like
     <went|goes>     a span: the right word, and what a reader without grammar would say
     {p!belief/q}    a span that takes another skill, here belief: what plays q is the tempting wrong answer
 """
+import collections
 import functools
 import json
 import math
@@ -34,7 +35,7 @@ LISTS["names"] = LISTS["girls"] + LISTS["boys"]
 VOCABULARY = {name: {word for words in WORDS[name].values() for word in words}
               for name in ("verbs", "nouns", "adjectives")}
 CLASS_OF = {kind: name for kind, words in LISTS.items() for name in VOCABULARY if VOCABULARY[name].issuperset(words)}
-FACTS, COUNTS = WORDS["facts"], ["none", *LISTS["count words"]]
+COUNTS = ["none", *LISTS["count words"]]
 FEATURES = ["dialogue", "bad ending", "moral value", "foreshadowing", "plot twist", "conflict"]
 SKILL = {"fact": "fact", "who": "context", "what": "context", "where": "context"}       # all other kinds: reasoning
 CASE = {"he": "him", "him": "he", "his": "he", "she": "her", "her": "she"}              # the wrong case of a pronoun
@@ -109,8 +110,8 @@ PLOTS = {name: {**plot, "group": group, "lines": {**FRAME, **parse(plot["lines"]
          for group, plots in WORDS["plots"].items() for name, plot in plots.items()}
 ASIDES = {name: {**aside, "lines": parse(aside["lines"])} for name, aside in WORDS["asides"].items()}
 for plot in [*PLOTS.values(), *ASIDES.values()]:        # the same tellings, without speech wherever that is possible
-    plot["quiet"] = {name: [telling for telling in tellings if not any('"' in part for part in telling[0])] or tellings
-                     for name, tellings in plot["lines"].items()}
+    plot["quiet"] = {name: [telling for telling in some if not any('"' in part for part in telling[0])] or some
+                     for name, some in plot["lines"].items()}
 
 # ---------------------------------------------------------------------------------------------------------------
 # the state of a story, and its telling
@@ -124,15 +125,14 @@ class Entity:
 
 
 def person(name, kind, he):
-    her = he == "she"
-    return Entity({**forms_of(name, ""), "kind": kind, "he": he, "him": "her" if her else "him",
-                   "his": "her" if her else "his", "himself": "herself" if her else "himself"}, "persons", he)
+    him, his = ("her", "her") if he == "she" else ("him", "his")
+    return Entity({**forms_of(name, ""), "kind": kind, "he": he, "him": him, "his": his, "himself": him + "self"},
+                  "persons", he)
 
 
 @functools.lru_cache(None)
 def steps(n, split):
-    """The steps from one entry of a list of n to another: those of about half its length are for val, all others for
-    train. So a pair that a reader has to tell apart in val was never told apart in train."""
+    """Steps between two entries of a list of n: of about half its length for val, so that no val pair is in train."""
     return [d for d in range(1, n) if (abs(2 * d - n) <= max(1, n // 20)) == (split == "val")]
 
 
@@ -146,7 +146,7 @@ class Tale:
     """One story in the making. All chance goes through `choose` and `chance`, which add up its bits."""
 
     def __init__(self, rng):
-        self.rng, self.bits, self.split = rng, 0.0, "train"
+        self.rng, self.bits, self.split, self.bad = rng, 0.0, "train", False
         self.parts, self.length, self.lines = [], 0, {}
         self.roles, self.recent, self.seen, self.used = {}, [], {}, {name: [] for name in VOCABULARY}
         self.spans, self.features, self.events = [], [], []
@@ -201,10 +201,10 @@ class Tale:
 
     def entry(self, roles, table):
         """An entry of a table of facts, key and value, and after it another one, to go wrong with."""
-        entries = list((FACTS[table] if table in FACTS else WORDS[table]).items())
-        flat = [[key, *(value if isinstance(value, list) else [value])] for key, value in entries]
-        one, other = self.pair(len(flat))
-        self.set(roles, *flat[one], *flat[other])
+        entries = [[key, *(value if isinstance(value, list) else [value])]
+                   for key, value in (WORDS.get(table) or WORDS["facts"][table]).items()]
+        one, other = self.pair(len(entries))
+        self.set(roles, *entries[one], *entries[other])
 
     def sum(self, roles, sign):
         """Numbers of before, change and after, the change being of that sign."""
@@ -259,7 +259,7 @@ class Tale:
 
     def fact(self):
         """What everybody knows, told in passing; the wrong answer is the right one for something else."""
-        relation = self.choose(list(FACTS))
+        relation = self.choose(list(WORDS["facts"]))
         self.entry("s,f,v,w", relation)
         self.render(self.choose(self.choose(ASKING[relation])))
 
@@ -287,9 +287,8 @@ class Tale:
 
     def mark(self, text, skill, wrong, kind=None, capital=False):
         wrong = wrong[0].upper() + wrong[1:] if capital else wrong
-        self.spans.append({"start": self.length, "end": self.length + len(text), "skill": skill, "wrong": wrong})
-        if kind:
-            self.spans[-1]["kind"] = kind
+        span = {"start": self.length, "end": self.length + len(text), "skill": skill, "wrong": wrong}
+        self.spans.append({**span, "kind": kind} if kind else span)
 
     def mark_article(self, text):
         first, second = text.split(" ", 2)[:2]
@@ -365,6 +364,7 @@ class Tale:
         self.seen[name] = (self.seen.get(name, (0, 0))[0] + 1, self.length)
         return text
 
+
 def tell(rng, facts=1.0, reasoning=1.0):
     """One story, as a Tale. `facts` and `reasoning` scale how much of the corpus is about each."""
     t, scale = Tale(rng), {"reasoning": reasoning, "facts": facts, "tracking": 1.0}
@@ -377,7 +377,7 @@ def tell(rng, facts=1.0, reasoning=1.0):
     t.lines = PLOTS[t.plot][tone]
     t.say("open", "life?")
     t.act(PLOTS[t.plot]["cast"])
-    omen = t.choose(OMENS) if t.feature("foreshadowing", 0.2) else None
+    omen = t.choose(OMENS) if not t.bad and t.feature("foreshadowing", 0.25) else None
     if omen:
         t.render(t.choose(omen[0]))
     t.say("scene?", "/")
@@ -413,8 +413,7 @@ def lego(rng, min_vars=3, max_vars=6):
     longest = min(26, 2 * max_vars) if t.split == "val" else max_vars
     names = t.shuffle("abcdefghijklmnopqrstuvwxyz", t.choose(range(min_vars, longest + 1)))
     signs = [t.choose((1, -1)) for _ in names]
-    clauses = [f"{name} = {'+' if sign > 0 else '-'}{source}"
-               for name, sign, source in zip(names, signs, ["1", *names])]
+    clauses = [f"{name} = {'-+'[sign > 0]}{source}" for name, sign, source in zip(names, signs, ["1", *names])]
     story, value = ", ".join(t.shuffle(clauses, len(clauses))) + ".\n", 1
     for depth, (name, sign) in enumerate(zip(names, signs)):
         value *= sign
@@ -451,19 +450,20 @@ def stories(n, seed=1, kind="world", **settings):
 
 
 def write(n, seed=1, name="world", kind="world", **settings):
-    """Write n stories to data/<name>/stories.jsonl; returns the path, and the totals of its stories."""
+    """Write n stories to data/<name>/stories.jsonl; returns the path, and counts of stories, bytes, bits, spans"""
     path = os.path.join("data", name, "stories.jsonl")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    total = {"stories": 0, "val": 0, "words": 0, "bytes": 0, "bits": 0.0, "spans": {}}
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        for told in tqdm(stories(n, seed, kind, **settings), total=n, unit=" stories", disable=None):
-            file.write(json.dumps(told) + "\n")
-            story = told["story"]
-            for key, amount in (("stories", 1), ("val", told["split"] == "val"), ("words", len(story.split())),
-                                ("bytes", len(story.encode())), ("bits", told["bits"])):
-                total[key] += amount
-            for span in told["spans"]:
-                total["spans"][span["skill"]] = total["spans"].get(span["skill"], 0) + 1
+    total = collections.Counter()
+    try:
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            for told in tqdm(stories(n, seed, kind, **settings), total=n, unit=" stories", disable=None):
+                file.write(json.dumps(told) + "\n")
+                total.update(stories=1, val=told["split"] == "val", words=len(told["story"].split()),
+                             bytes=len(told["story"].encode()), bits=told["bits"])
+                total.update(span["skill"] for span in told["spans"])
+    except KeyboardInterrupt:
+        os.remove(path + ".part")
+        raise
     os.replace(path + ".part", path)
     return path, total
 
@@ -482,8 +482,8 @@ def main(argv=None):
     if args.n < 1 or min(args.seed, args.facts, args.reasoning) < 0 or not 1 <= args.min_vars <= args.max_vars <= 26:
         sys.exit("--n has to be positive, the other numbers not negative, and 1 <= min_vars <= max_vars <= 26: "
                  "try python world.py --n=1000")
-    settings = {"min_vars": args.min_vars, "max_vars": args.max_vars} if args.kind == "lego" else \
-        {"facts": args.facts, "reasoning": args.reasoning}
+    used = ("min_vars", "max_vars") if args.kind == "lego" else ("facts", "reasoning")
+    settings = {setting: getattr(args, setting) for setting in used}
     start = time.time()
     try:
         path, total = write(args.n, args.seed, args.name or args.kind, args.kind, **settings)
@@ -491,10 +491,9 @@ def main(argv=None):
         sys.exit("stopped before the end: nothing is changed; run the same command again, perhaps with a smaller --n")
     print(f"{path}: {total['stories']:,} stories ({total['val']:,} for val), {total['bytes'] / 1e6:.1f} MB of text, "
           f"{total['words'] / args.n:.0f} words a story, {args.n / (time.time() - start):,.0f} stories/s")
-    print(f"bits per byte: {total['bits'] / total['bytes']:.4f} is what the random choices cost, "
-          "and so a loss that a perfect model would reach")
-    print("labelled per 100 words: " + ", ".join(
-        f"{skill} {100 * count / total['words']:.2f}" for skill, count in sorted(total["spans"].items())))
+    print(f"bits per byte: {total['bits'] / total['bytes']:.4f}, what all choices cost: the loss of a perfect model")
+    print("spans per 100 words: " + ", ".join(f"{skill} {100 * total[skill] / total['words']:.2f}" for skill in
+                                              ("grammar", "fact", "context", "reasoning")))
 
 
 if __name__ == "__main__":
