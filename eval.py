@@ -1,17 +1,23 @@
-"""The metric: bits per byte of a model on a dataset's validation stories.
+"""Measure models and corpora: bits per byte on validation stories, accuracy on each skill, diversity of stories.
 
-    python eval.py                      the newest run
-    python eval.py out/a out/b          several
+    python eval.py                                  the newest run
+    python eval.py out/a out/b                      several
+    python eval.py --stories a.jsonl b.txt          files of stories, side by side
 """
 import math
+import os
+import re
 import sys
+import zlib
+from collections import Counter
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import find_run, load_model, pick_device
-from prepare import Parser, load_meta, load_tokenizer, load_tokens
+from prepare import (SKILLS, Parser, find_files, fingerprint, load_meta, load_tokenizer, load_tokens,
+                     read_records)
 
 
 def windows(tokens, eot, block_size):
@@ -70,12 +76,123 @@ def evaluate(model, dataset, autocast=None, max_stories=None):
     return {"val_loss": nats / (len(tokens) - 1), "val_bpb": nats / size / math.log(2)}
 
 
+def read_spans(dataset, per_skill):
+    """{skill: [(text before, right word, wrong word)]} from the first validation stories that carry spans."""
+    found = {skill: [] for skill in SKILLS[1:]}
+    for path, _ in find_files(os.path.join("data", dataset)):
+        if path.endswith(".jsonl"):
+            for record in read_records(path):
+                if record.get("split") == "val" and record.get("spans"):
+                    for span in record["spans"]:
+                        found[span["skill"]].append((record["story"][:span["start"]],
+                                                     record["story"][span["start"]:span["end"]], span["wrong"]))
+                    if all(len(spans) >= per_skill for spans in found.values()):
+                        break
+    return {skill: spans[:per_skill] for skill, spans in found.items() if spans}
+
+
+def skill_accuracy(model, dataset, per_skill=200):
+    """{skill: share} of the marked words of validation stories that the model finds likelier than the tempting wrong
+    ones, by the sum of the log-likelihoods of their tokens; {} where no story carries spans."""
+    spans, encoding = read_spans(dataset, per_skill), load_tokenizer(dataset)
+    if not spans:
+        return {}
+    eot, tokens, parts = encoding.eot_token, [], []
+    for skill, items in spans.items():
+        for before, *words in items:
+            rows = [encoding.encode_ordinary(before + word) for word in words]
+            same = next((i for i, (a, b) in enumerate(zip(*rows)) if a != b), min(map(len, rows)))
+            for row in rows:
+                row = row[-model.config.block_size + 1:]
+                parts.append((len(tokens) + 1 + same - (len(rows[0]) - len(row)), len(tokens) + 1 + len(row)))
+                tokens += [eot] + row
+    nats = score(model, np.array(tokens + [eot], np.uint16), eot, title="skills")
+    costs = np.array([nats[start:end].sum() for start, end in parts]).reshape(-1, 2)  # right, wrong
+    ends = np.cumsum([len(items) for items in spans.values()])
+    return {skill: float((part[:, 0] < part[:, 1]).mean())
+            for skill, part in zip(spans, np.split(costs, ends[:-1]))}
+
+
+def describe(path):
+    """{figure: text} of a file of stories: how many, how alike, and what their records say of them."""
+    stories, words, copies, near, once, used, asked = 0, 0, 0, 0, 0, 0, 0
+    seen, runs, grams = set(), {}, [set() for _ in range(4)]
+    vocabulary, plain = Counter(), Counter()
+    starts, openings, capitals, features, skills = Counter(), Counter(), Counter(), Counter(), Counter()
+    gram_words = 0
+    for record in read_records(path):
+        story = record["story"]
+        found = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", story)
+        small = [word.lower() for word in found]
+        copies += (key := fingerprint(story)) in seen
+        seen.add(key)
+        # of all runs of eight words one in sixteen is kept, the same ones in every story
+        kept = [run for run in (zlib.crc32(" ".join(small[i:i + 8]).encode()) for i in range(len(small) - 7))
+                if run % 16 == 0]
+        shared = Counter(runs[run] for run in kept if run in runs)
+        near += bool(shared) and shared.most_common(1)[0][1] > len(kept) / 2
+        for run in kept:
+            runs.setdefault(run, stories)
+        if gram_words < 100_000:
+            for n in range(4):
+                grams[n].update(zip(*(small[i:] for i in range(n + 1))))
+            gram_words += len(small)
+        vocabulary.update(small)
+        plain.update(word for word in found if word.islower())
+        openings[re.split(r"(?<=[.!?])[\"”]?\s", story.strip(), maxsplit=1)[0]] += 1
+        once += "Once upon a time" in story
+        starts[" ".join(found[:4])] += 1
+        capitals.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", story)))
+        features.update(record.get("features") or ())
+        skills.update(span["skill"] for span in record.get("spans") or ())
+        if record.get("words"):
+            from generate import missing  # which knows the inflections
+            asked += len(record["words"])
+            used += len(record["words"]) - len(missing(record["words"], story))
+        stories, words = stories + 1, words + len(found)
+    if not stories:
+        sys.exit(f"{path} holds no story")
+    share = lambda n: f"{100 * n / stories:.2f} %"
+    names = sorted((name for name in capitals if not plain[name.lower()]), key=lambda name: -capitals[name])[:3]
+    figures = {"stories": f"{stories:,}", "words a story": f"{words / stories:.0f}",
+               "distinct words": f"{len(vocabulary):,}", "exact copies": share(copies), "near-copies": share(near),
+               "most common first sentence": share(openings.most_common(1)[0][1])}
+    for i, (start, n) in enumerate(starts.most_common(3), 1):
+        figures[f"opening {i}"] = f"{start} {share(n)}"
+    figures["with Once upon a time"] = share(once)
+    for i, name in enumerate(names, 1):
+        figures[f"name {i}"] = f"{name} {share(capitals[name])}"
+    for n in range(4):
+        figures[f"distinct {n + 1}-grams per 100,000 words"] = f"{len(grams[n]) * 1e5 / gram_words:,.0f}"
+    if asked:
+        figures["requested words used"] = f"{100 * used / asked:.1f} %"
+    figures.update({f"feature {name}": share(n) for name, n in sorted(features.items())})
+    figures.update({f"{skill} words per 100 words": f"{100 * n / words:.2f}" for skill, n in skills.items()})
+    return figures
+
+
+def compare_stories(paths):
+    """Print what `describe` finds, a column a file."""
+    for path in paths:
+        if not os.path.isfile(path):
+            sys.exit(f"no file {path}: name .jsonl or .txt files of stories")
+    columns = [describe(path) for path in paths]
+    rows = list(dict.fromkeys(name for column in columns for name in column))
+    table = [["", *paths]] + [[name, *(column.get(name, "–") for column in columns)] for name in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for name, *cells in table:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+
+
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a; the newest if none is named")
     parser.option("dataset", "", "score on this dataset's validation stories instead of the run's own")
+    parser.add_argument("--stories", nargs="+", default=[], metavar="FILE", help="describe files of stories instead")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    if args.stories:
+        return compare_stories(args.stories)
     device, _ = pick_device(args.device, "float32")
     for run in args.runs or [find_run()]:
         model, checkpoint = load_model(run, device)
@@ -84,7 +201,8 @@ def main(argv=None):
                 sys.exit(f"{run} was trained with another tokenizer than data/{dataset} has: "
                          f"python prepare.py --dataset={dataset} --tokenizer={checkpoint['datasets'][0]}")
             result = evaluate(model, dataset)
-            print(f"{run} on {dataset}: val_bpb {result['val_bpb']:.4f}, val_loss {result['val_loss']:.4f} nats a token")
+            print(f"{run} on {dataset}: val_bpb {result['val_bpb']:.4f}, val_loss {result['val_loss']:.4f} nats a token"
+                  + "".join(f", {skill} {share:.1%}" for skill, share in skill_accuracy(model, dataset).items()))
 
 
 if __name__ == "__main__":

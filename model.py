@@ -244,9 +244,9 @@ def find_run(out_dir=""):
 
 def load_checkpoint(path, device="cpu"):
     """The dict that train.py saved, from a file or a run's folder."""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    path = path if path.endswith(".pt") else os.path.join(path, "ckpt.pt")
     if not os.path.exists(path):
-        sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path) or path} first")
+        sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path)} first")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:

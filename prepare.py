@@ -144,8 +144,9 @@ def download(url, path, retries=5, wait=1.0):
 
 
 def find_files(source):
-    """[(path, "train", "val" or None)] of the .txt and .jsonl files that `source`, a file or a folder, is or holds."""
-    paths = [source] if os.path.isfile(source) else sorted(
+    """[(path, "train", "val" or None)] of a file, or of a folder: of its stories.jsonl, else its .txt and .jsonl."""
+    own = os.path.join(source, "stories.jsonl")
+    paths = [source] if os.path.isfile(source) else [own] if os.path.exists(own) else sorted(
         os.path.join(source, name) for name in (os.listdir(source) if os.path.isdir(source) else ())
         if name.endswith((".txt", ".jsonl")))
     files = []
@@ -155,8 +156,9 @@ def find_files(source):
     return files
 
 
-def read_records(path, bar):
+def read_records(path, bar=None):
     """Each story of a file as a record, {"story": text, …}: JSON lines, or text split at <|endoftext|>."""
+    bar = bar or tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, disable=None, leave=False, desc=path)
     with open(path, "rb") as f:
         lines, number = [], 0
         for line in f:

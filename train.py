@@ -27,10 +27,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from eval import evaluate
+from eval import evaluate, skill_accuracy
 from model import GPT, SIZES, GPTConfig, load_checkpoint, pick_device
 from prepare import Parser, load_meta, load_tokenizer, load_tokens
+from prepare import main as prepare
 from sample import tell
+from world import write as write_world
 
 # dense bfloat16 FLOP/s that the makers give for their cards, for the share that is reached (MFU)
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -59,7 +61,7 @@ def command_line():
     parser.option("batch_tokens", 4096, "tokens a step, over all processes")
     parser.option("batch_size", 32, "rows that go through the model at once, at most; the rest of a step follows")
     parser.option("max_steps", 0, "length of the run, in steps")
-    parser.option("max_tokens", 0, "… in tokens")
+    parser.option("max_tokens", 0, "… in tokens (default: 5,000,000)")
     parser.option("max_minutes", 0.0, "… in minutes, counted from the end of the first step, which compiles")
     parser.option("evals", 10, "evaluations, each with a sample and a checkpoint, evenly over the run")
     parser.option("eval_stories", 2000, "stories that those score; the one at the end scores the whole file")
@@ -110,6 +112,18 @@ def read_rows(tokens, length, first, count, seed):
         start = block_order(blocks, seed, epoch)[place] * length
         rows[i] = tokens[start:start + length + 1]
     return rows
+
+
+def make_world():
+    """Stories of the built-in world, written and prepared, where data/world has none: a fresh machine can train."""
+    if not os.path.exists(os.path.join("data", "world", "meta.json")):
+        if "RANK" in os.environ:
+            sys.exit("no dataset in data/world: run python world.py and python prepare.py before torchrun")
+        if not os.path.exists(os.path.join("data", "world", "stories.jsonl")):
+            print("data/world is empty: writing 50,000 stories of the built-in world (python world.py)")
+            write_world(50_000)
+        print("preparing data/world (python prepare.py --dataset=world)")
+        prepare(["--dataset=world"])
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -181,6 +195,8 @@ def main(argv=None):
     if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_minutes)) > 1:
         sys.exit("give only one of --max_steps, --max_tokens and --max_minutes: the schedule follows it")
     mix = parse_mix(args.dataset)
+    if "world" in mix:
+        make_world()
     metas = {name: load_meta(name) for name in mix}
     data = [load_tokens(name, "train") for name in mix]
     tokenizers = {meta["tokenizer"]["sha256"]: name for name, meta in metas.items()}
@@ -192,10 +208,10 @@ def main(argv=None):
             sys.exit(f"{name} has {len(tokens)} train tokens, fewer than one block: lower --block_size or add stories")
 
     # processes: one, or as many as torchrun started
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     master = rank == 0
     device, dtype = pick_device(args.device, args.dtype)
-    if world > 1:
+    if processes > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -204,14 +220,14 @@ def main(argv=None):
 
     # a step: `rows` rows, in `accumulate` turns of `batch` rows on each process
     rows = args.batch_tokens // args.block_size
-    batch = min(args.batch_size, rows // world)
-    if not batch or rows % (batch * world):
-        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which {world} "
+    batch = min(args.batch_size, rows // processes)
+    if not batch or rows % (batch * processes):
+        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which {processes} "
                  f"process(es) cannot share in turns of --batch_size={batch}: choose multiples")
-    accumulate = rows // (batch * world)
+    accumulate = rows // (batch * processes)
     step_tokens = rows * args.block_size
     epoch_tokens = sum(len(tokens) for tokens in data)
-    max_steps = args.max_steps or math.ceil((args.max_tokens or epoch_tokens) / step_tokens)
+    max_steps = args.max_steps or math.ceil((args.max_tokens or 5_000_000) / step_tokens)
 
     # the model, new or from a checkpoint
     torch.manual_seed(args.seed)
@@ -242,9 +258,6 @@ def main(argv=None):
             sys.exit(f"--init_from={args.init_from} does not fit this run; it has another {', '.join(differs)}")
         model.load_state_dict(old["model"])
     optimizers = make_optimizers(model, args)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group["highest_lr"] = group["lr"]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -253,6 +266,9 @@ def main(argv=None):
         scaler.load_state_dict(checkpoint["scaler"])
         step, seconds, best, used = (checkpoint[name] for name in ("step", "seconds", "best", "used"))
         torch.set_rng_state(checkpoint["rng"].cpu())
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group.setdefault("highest_lr", group["lr"])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if device.type == "cpu":
         keep_large_blocks()
@@ -261,7 +277,7 @@ def main(argv=None):
     compiled = args.compile == "True" or args.compile == "auto" and device.type != "mps" and (
         args.max_minutes > 2 or not args.max_minutes and max_steps * step_tokens * model.flops_per_token() > worth_it)
     forward = torch.compile(model) if compiled else model
-    if world > 1:
+    if processes > 1:
         forward = DistributedDataParallel(forward)
 
     flops = model.flops_per_token()
@@ -269,7 +285,7 @@ def main(argv=None):
                  name in torch.cuda.get_device_name(device)), None)
     budget = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{max_steps:,} steps"
     say(f"{args.dataset}: {epoch_tokens:,} tokens an epoch; {budget} of {step_tokens:,} tokens "
-        f"({accumulate} x {batch} x {args.block_size} on {world} process(es))")
+        f"({accumulate} x {batch} x {args.block_size} on {processes} process(es))")
     say(f"{model.num_params():,} parameters, {model.num_params(False):,} without embedding and head; "
         f"{flops / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
         f"{model.num_params() * 16 / 2**20:.0f} MB; {device}, {str(dtype)[6:]}{', compiled' if compiled else ''}")
@@ -330,7 +346,7 @@ def main(argv=None):
     while True:
         # one clock decides for all processes when to stop, and how high the learning rate is
         now = torch.tensor([progress_now(), float(bool(stop))], dtype=torch.float64)
-        if world > 1:
+        if processes > 1:
             dist.broadcast(now, 0)
         progress, stopped = now.tolist()
         if progress >= 1 or stopped:
@@ -345,7 +361,7 @@ def main(argv=None):
             count = int((which == i).sum())
             block[which == i] = read_rows(tokens, args.block_size, used[i], count, args.seed)
             used[i] += count
-        block = torch.from_numpy(block).view(accumulate, world, batch, -1)[:, rank]
+        block = torch.from_numpy(block).view(accumulate, processes, batch, -1)[:, rank]
         if device.type == "cuda":
             block = block.pin_memory().to(device, non_blocking=True)
         else:
@@ -353,7 +369,7 @@ def main(argv=None):
         total = torch.zeros((), device=device)
         for turn in range(accumulate):
             last = turn == accumulate - 1
-            with nullcontext() if last or world == 1 else forward.no_sync():  # gradients meet at the last turn
+            with nullcontext() if last or processes == 1 else forward.no_sync():  # gradients meet at the last turn
                 with autocast:
                     loss = forward(block[turn, :, :-1], block[turn, :, 1:]).mean() / accumulate
                 scaler.scale(loss).backward()
@@ -376,9 +392,9 @@ def main(argv=None):
         due = reached < 1 and int(reached * args.evals) > int(progress * args.evals)
         if step % args.log_interval == 0 or due or reached >= 1:
             losses = torch.stack(pending)
-            if world > 1:
+            if processes > 1:
                 dist.all_reduce(losses)
-                losses /= world
+                losses /= processes
             losses, pending = losses.tolist(), []
             if not all(map(math.isfinite, losses)):
                 bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
@@ -386,7 +402,7 @@ def main(argv=None):
                          f"try a lower --lr than {args.lr:g}, a longer --warmup, or --dtype=float32")
             speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - seconds_before)
             write_log(train_loss=losses[-1], lr=groups[0]["lr"], grad_norm=norm.item(), tokens_per_second=round(speed),
-                      **({"mfu": round(speed * flops / peak / world, 4)} if peak else {}))
+                      **({"mfu": round(speed * flops / peak / processes, 4)} if peak else {}))
             bar.set_postfix_str(f", loss {losses[-1]:.3f}, {speed:,.0f} tok/s", refresh=False)
             if bar.disable and step - first_step < 3 * args.log_interval:
                 left = seconds * (1 / reached - 1)
@@ -405,7 +421,7 @@ def main(argv=None):
                     + encoding.decode(ids).replace("\n", "\n  "))
                 seconds = time.perf_counter() - started
                 save(state(), path)
-            if world > 1:
+            if processes > 1:
                 dist.barrier()
     bar.close()
     for number, handler in handlers.items():
@@ -417,16 +433,24 @@ def main(argv=None):
             say(f"stopped at step {step:,} and saved in {out_dir}: the same command with --resume goes on")
         else:
             result = validate()
+            for name in mix:
+                for skill, share in skill_accuracy(model, name).items():
+                    result[f"accuracy_{skill}" + (f"/{name}" if len(mix) > 1 else "")] = share
             write_log(**result)
             memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            floor = metas[next(iter(mix))]["val"].get("bits_per_byte")
+            if floor and len(mix) == 1:
+                result["floor_bpb"] = floor  # of a world whose choices are known
             summary = {**{key: f"{value:.4f}" for key, value in result.items()}, "train_loss": f"{losses[-1]:.4f}",
                        "steps": step, "tokens": step * step_tokens, "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
                        "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds:.1f}",
                        "tokens_per_second": round(speed), "parameters": model.num_params(),
                        "peak_memory_mb": memory >> 20, "out_dir": out_dir}
-            print("\n".join(f"{key + ':':20}{value}" for key, value in summary.items()))
-    if world > 1:
+            for i, ids in enumerate(tell(model, encoding, "", 500, range(args.seed, args.seed + 3), temperature=0.8), 1):
+                print(f"\nStory {i}:\n{encoding.decode(ids)}")
+            print("\n" + "\n".join(f"{key + ':':20}{value}" for key, value in summary.items()))
+    if processes > 1:
         dist.destroy_process_group()
 
 

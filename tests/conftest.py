@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import train
 from prepare import main as prepare
 
 torch.set_num_threads(2)
@@ -56,3 +57,13 @@ def prepared(tmp_path_factory):
 def in_prepared(prepared, monkeypatch):
     monkeypatch.chdir(prepared)
     return prepared
+
+
+@pytest.fixture(scope="session")
+def run(prepared):
+    """The folder of a run of 60 steps on data/tiny."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        train.main(["--dataset=tiny", "--n_layer=2", "--n_embd=64", "--block_size=64", "--max_steps=60", "--evals=0",
+                    "--out_dir=out/sampled", "--batch_tokens=1024", "--compile=False", "--device=cpu"])
+    return "out/sampled"

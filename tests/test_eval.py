@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import eval
-from prepare import load_meta, load_tokens
+from conftest import make_stories, write_jsonl
+from prepare import load_meta, load_tokenizer, load_tokens
+from prepare import main as prepare
 from test_model import make_model
-from test_sample import run  # noqa: F401 (a fixture)
 
 EOT = 96
 
@@ -37,7 +38,7 @@ def test_scores_agree_with_one_story_at_a_time():
         assert np.allclose(eval.score(model, tokens, EOT, batch_tokens=batch_tokens), expected, atol=1e-4)
 
 
-def test_bits_per_byte_of_a_run(run, in_prepared, capsys):  # noqa: F811
+def test_bits_per_byte_of_a_run(run, in_prepared, capsys):
     """Nats over bytes over ln 2; a model that knows nothing needs log2(512) bits a token."""
     eval.main([run, "--device=cpu"])
     bpb = float(capsys.readouterr().out.split("val_bpb ")[1].split(",")[0])
@@ -59,6 +60,52 @@ def test_the_first_stories_can_stand_for_all(in_prepared):
     assert eval.evaluate(model, "tiny", max_stories=10**6) == eval.evaluate(model, "tiny")
 
 
-def test_a_tokenizer_of_another_kind_is_refused(run, in_prepared):  # noqa: F811
+def test_a_tokenizer_of_another_kind_is_refused(run, in_prepared):
     with pytest.raises(SystemExit, match="no dataset in data/none"):
         eval.main([run, "--dataset=none"])
+
+
+def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
+    """Against one span at a time, straight from the logits; with right and wrong exchanged it is one minus that."""
+    records = [{**r, "split": "val" if i % 5 == 0 else "train"} for i, r in enumerate(make_stories(200))]
+    write_jsonl(workplace / "data/x/stories.jsonl", records)
+    prepare(["--dataset=x", "--vocab_size=400"])
+    model, encoding = make_model(vocab_size=400, block_size=128), load_tokenizer("x")
+
+    def cost(before, word):
+        ids = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(before + word)])
+        start = len(encoding.encode_ordinary(before.rstrip()))  # the word's tokens begin with its space
+        nats = model(ids[:, :-1], ids[:, 1:])[0, start:]
+        return nats.sum().item()
+    expected = []
+    for record in records[::5]:
+        span, = record["spans"]
+        before = record["story"][:span["start"]]
+        expected.append(cost(before, record["story"][span["start"]:span["end"]]) < cost(before, span["wrong"]))
+    assert eval.skill_accuracy(model, "x") == {"reasoning": pytest.approx(np.mean(expected))}
+    assert 0.1 < np.mean(expected) < 0.9
+    for record in records:
+        span, = record["spans"]
+        right = record["story"][span["start"]:span["end"]]
+        record["story"] = record["story"][:span["start"]] + span["wrong"] + record["story"][span["end"]:]
+        span.update(end=span["start"] + len(span["wrong"]), wrong=right)
+    write_jsonl(workplace / "data/x/stories.jsonl", records)
+    assert eval.skill_accuracy(model, "x")["reasoning"] == pytest.approx(1 - np.mean(expected))
+
+
+def test_stories_are_described_side_by_side(workplace, capsys):
+    stories = [{"story": r["story"], "words": ["play", "ball", "red"]} for r in make_stories(40)]
+    write_jsonl(workplace / "a.jsonl", stories + stories[:10])
+    (workplace / "b.txt").write_text("A slide is fun. Sam slid.\n<|endoftext|>\nOne day Sam saw a boat. He sat in it.\n")
+    eval.main(["--stories", "a.jsonl", "b.txt"])
+    table = {line[:36].strip(): line[36:].split("  ") for line in capsys.readouterr().out.splitlines()}
+    a, b = eval.describe("a.jsonl"), eval.describe("b.txt")
+    assert a["stories"] == "50" and a["exact copies"] == "20.00 %" and a["with Once upon a time"] == "100.00 %"
+    assert float(a["near-copies"].split()[0]) >= 20 and b["near-copies"] == "0.00 %"
+    assert b["stories"] == "2" and b["words a story"] == "8" and b["distinct words"] == "14"
+    assert b["name 1"] == "Sam 50.00 %"  # names are counted within sentences, where all other words are small
+    assert b["distinct 1-grams per 100,000 words"] == "87,500" and "requested words used" not in b
+    assert 0 < float(a["requested words used"].split()[0]) < 70
+    assert any("exact copies" in name for name in table)
+    with pytest.raises(SystemExit, match="no file c.jsonl"):
+        eval.main(["--stories", "c.jsonl"])

@@ -7,21 +7,10 @@ import pytest
 import torch
 
 import sample
-import train
 from prepare import load_tokenizer
 from test_model import make_model
 
 EOT = 96
-
-
-@pytest.fixture(scope="session")
-def run(prepared):
-    """A run of a few steps in the folder `prepared`, which is the current one afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(prepared)
-        train.main(["--dataset=tiny", "--n_layer=2", "--n_embd=64", "--block_size=64", "--max_steps=60", "--evals=0",
-                    "--out_dir=out/sampled", "--batch_tokens=1024", "--compile=False", "--device=cpu"])
-    return "out/sampled"
 
 
 @pytest.mark.parametrize("pos", ["rope", "alibi"])
