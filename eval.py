@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from model import find_run, load_model, pick_device
 from prepare import (SKILLS, Parser, find_files, fingerprint, load_meta, load_tokenizer, load_tokens,
-                     read_records)
+                     read_records, start)
 
 
 def windows(tokens, eot, block_size):
@@ -35,7 +35,7 @@ def windows(tokens, eot, block_size):
 
 
 @torch.inference_mode()
-def score(model, tokens, eot, autocast=None, batch_tokens=8192, title="evaluating"):
+def score(model, tokens, eot, batch_tokens=4096, title="evaluating"):
     """Nats (N,) that each of the stories' `tokens` (N,) costs the model, 0 for the first; no story sees another.
 
     Deterministic. Windows of like length go into one batch of about `batch_tokens`, padded at the end, where causal
@@ -43,7 +43,7 @@ def score(model, tokens, eot, autocast=None, batch_tokens=8192, title="evaluatin
     device = model.head.weight.device
     nats = np.zeros(len(tokens), np.float32)
     cuts = sorted(windows(tokens, eot, model.config.block_size), key=lambda cut: cut[1])
-    training, autocast = model.training, autocast or torch.autocast(device.type, enabled=False)
+    training = model.training
     model.eval()
     with tqdm(total=len(tokens), unit="tok", unit_scale=True, desc=title, leave=False, disable=None) as bar:
         while cuts:
@@ -55,8 +55,7 @@ def score(model, tokens, eot, autocast=None, batch_tokens=8192, title="evaluatin
             for i, (start, length, skip) in enumerate(batch):
                 x[i, :length + 1] = torch.from_numpy(tokens[start:start + length + 1].astype(np.int64))
                 y[i, 1 + skip:length + 1] = x[i, 1 + skip:length + 1]
-            with autocast:
-                found = model(x[:, :-1].to(device), y[:, 1:].to(device)).cpu().numpy()  # (B, longest)
+            found = model(x[:, :-1].to(device), y[:, 1:].to(device)).cpu().numpy()  # (B, longest)
             for i, (start, length, skip) in enumerate(batch):
                 nats[start + 1 + skip:start + 1 + length] = found[i, skip:length]
             bar.update(sum(length - skip for _, length, skip in batch))
@@ -64,7 +63,7 @@ def score(model, tokens, eot, autocast=None, batch_tokens=8192, title="evaluatin
     return nats
 
 
-def evaluate(model, dataset, autocast=None, max_stories=None):
+def evaluate(model, dataset, max_stories=None):
     """{"val_loss": nats a token, "val_bpb": bits a byte} over a dataset's validation stories, or their first
     `max_stories`. The prediction of each story's closing <|endoftext|> counts; bytes are those of the UTF-8 text."""
     meta, tokens = load_meta(dataset), load_tokens(dataset, "val")
@@ -72,22 +71,24 @@ def evaluate(model, dataset, autocast=None, max_stories=None):
     if max_stories and max_stories < meta["val"]["stories"]:
         tokens = tokens[:np.flatnonzero(tokens == meta["eot"])[max_stories] + 1]
         size = sum(len(t) for t in load_tokenizer(dataset).decode_tokens_bytes(tokens[tokens != meta["eot"]].tolist()))
-    nats = float(score(model, tokens, meta["eot"], autocast).sum(dtype=np.float64))
+    nats = float(score(model, tokens, meta["eot"]).sum(dtype=np.float64))
     return {"val_loss": nats / (len(tokens) - 1), "val_bpb": nats / size / math.log(2)}
 
 
 def read_spans(dataset, per_skill):
-    """{skill: [(text before, right word, wrong word)]} from the first validation stories that carry spans."""
+    """{skill: [(text before, next word, right word, wrong word)]} of the first stories whose `split` is val. With the
+    word that follows, "jump" and "jumped" both cost what it takes to end there."""
     found = {skill: [] for skill in SKILLS[1:]}
     for path, _ in find_files(os.path.join("data", dataset)):
         if path.endswith(".jsonl"):
             for record in read_records(path):
                 if record.get("split") == "val" and record.get("spans"):
                     for span in record["spans"]:
-                        found[span["skill"]].append((record["story"][:span["start"]],
-                                                     record["story"][span["start"]:span["end"]], span["wrong"]))
+                        story, start, end = record["story"], span["start"], span["end"]
+                        found[span["skill"]].append((story[:start], re.match(r"\W*\w*", story[end:])[0],
+                                                     story[start:end], span["wrong"]))
                     if all(len(spans) >= per_skill for spans in found.values()):
-                        break
+                        return {skill: spans[:per_skill] for skill, spans in found.items()}
     return {skill: spans[:per_skill] for skill, spans in found.items() if spans}
 
 
@@ -99,12 +100,13 @@ def skill_accuracy(model, dataset, per_skill=200):
         return {}
     eot, tokens, parts = encoding.eot_token, [], []
     for skill, items in spans.items():
-        for before, *words in items:
-            rows = [encoding.encode_ordinary(before + word) for word in words]
+        for before, after, *words in items:
+            rows = [encoding.encode_ordinary(before + word + after) for word in words]
             same = next((i for i, (a, b) in enumerate(zip(*rows)) if a != b), min(map(len, rows)))
             for row in rows:
-                row = row[-model.config.block_size + 1:]
-                parts.append((len(tokens) + 1 + same - (len(rows[0]) - len(row)), len(tokens) + 1 + len(row)))
+                cut = max(0, len(row) + 1 - model.config.block_size)  # what the context cannot hold
+                row = row[cut:]
+                parts.append((len(tokens) + 1 + same - cut, len(tokens) + 1 + len(row)))
                 tokens += [eot] + row
     nats = score(model, np.array(tokens + [eot], np.uint16), eot, title="skills")
     costs = np.array([nats[start:end].sum() for start, end in parts]).reshape(-1, 2)  # right, wrong
@@ -206,4 +208,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

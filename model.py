@@ -4,7 +4,6 @@ import math
 import os
 import pickle
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -163,8 +162,6 @@ class GPT(nn.Module):
         x = norm(x)
         rope = (self.cos[start:start + T], self.sin[start:start + T]) if self.config.pos == "rope" else None
         mask = self.mask(T, start, idx.device)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(x.dtype)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache and (cache.kv[i], start))
         if cache:
@@ -191,10 +188,10 @@ class GPT(nn.Module):
 class Cache:
     """The keys and values of every layer, (n_layer, 2, B, H, block_size, D), of which `length` positions are filled."""
 
-    def __init__(self, model, batch_size, dtype=None):
+    def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
         self.kv = torch.zeros(c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head,
-                              dtype=dtype or weight.dtype, device=weight.device)
+                              dtype=weight.dtype, device=weight.device)
         self.length = 0
 
 
@@ -214,24 +211,10 @@ def pick_device(device="auto", dtype="auto"):
     if dtype != "auto":
         return device, getattr(torch, dtype)
     if device.type == "cuda":
-        return device, torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    if device.type == "cpu" and bfloat16_speedup() > 1.5:
+        return device, torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return device, torch.bfloat16
     return device, torch.float32
-
-
-def bfloat16_speedup():
-    """How many times faster this CPU multiplies matrices in bfloat16 than in float32: below 1 where it emulates."""
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        best[dtype] = min(times)
-    return best[torch.float32] / best[torch.bfloat16]
 
 
 def find_run(out_dir=""):

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import time
 import urllib.error
@@ -52,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         """Add `--name`; its type is that of its default, and a switch may be given as `--name` or `--name=False`."""
         if isinstance(default, bool):
             type, more = boolean, dict(nargs="?", const=True, metavar="BOOL")
+        if default in (None, "") or "(default:" in help:
+            help += "%(default).0s"  # the formatter adds no default where one is mentioned
         self.add_argument(f"--{name}", default=default, type=type or default.__class__, help=help, **more)
 
     def parse_args(self, args=None, namespace=None):
@@ -69,6 +72,16 @@ def boolean(text):
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
     return text.lower() in ("true", "1")
+
+
+def start(main):
+    """Run a script; Ctrl-C and a reader that goes away (`| head`) end it in one line, or none."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at exit
 
 
 QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
@@ -165,7 +178,7 @@ def read_records(path, bar=None):
             bar.update(len(line))
             number += 1
             try:
-                line = line.decode("utf-8")
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if path.endswith(".jsonl"):
                     if line.strip():
                         record = json.loads(line)
@@ -249,6 +262,9 @@ def read_corpus(files, args, counts, title):
 # instructions before the story
 
 
+INSTRUCTIONS = {"features": "Features", "words": "Words", "summary": "Summary", "sentence": "Random sentence"}
+
+
 def instruct(record, split, hold_out, seed):
     """The record's text and spans with a random subset, in random order, of what is known of the story before it.
 
@@ -268,8 +284,7 @@ def instruct(record, split, hold_out, seed):
 
 def instruction(fields):
     """What stands before a story, from {"features", "words", "summary", "sentence": text} in the order given."""
-    names = {"features": "Features", "words": "Words", "summary": "Summary", "sentence": "Random sentence"}
-    return "".join(f"{names[name]}: {value}\n" for name, value in fields.items()) + "Story:\n"
+    return "".join(f"{INSTRUCTIONS[name]}: {value}\n" for name, value in fields.items()) + "Story:\n"
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -365,6 +380,7 @@ def make_encoding(ranks):
 
 def start_worker(ranks):
     global encoding
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
     encoding = make_encoding(ranks) if ranks else None
 
 
@@ -452,6 +468,8 @@ def prepare(args):
             f"put stories there, name them with --input=FILE, or write some: python generate.py --name={args.dataset}"))
     os.makedirs(folder, exist_ok=True)
     started, counts, hold_out = time.time(), Counter(), [f for f in args.hold_out.split("+") if f]
+    if not set(hold_out) <= set(INSTRUCTIONS):
+        sys.exit(f"--hold_out={args.hold_out} names other fields than {'+'.join(INSTRUCTIONS)}")
 
     def corpus(title, counts):
         for split, record in read_corpus(files, args, counts, title):
@@ -517,10 +535,9 @@ def prepare(args):
     with open(temporary["meta.json"], "w") as f:
         json.dump(meta, f, indent=1)
     for name in outputs:  # meta.json last: until it stands, readers see that something is missing
-        if name != "val.skills.bin" or labelled:
-            os.replace(temporary[name], os.path.join(folder, name))
-        else:
-            os.remove(temporary[name])
+        os.replace(temporary[name], os.path.join(folder, name))
+    if not labelled:
+        os.remove(os.path.join(folder, "val.skills.bin"))
     for what, n in sorted(counts.items()):
         print(f"  {n:9,} {what}")
     for split in stats:
@@ -572,8 +589,9 @@ def load_meta(dataset):
         sys.exit(f"no dataset in {folder}: {again}")
     except ValueError:
         sys.exit(f"{folder}/meta.json is not JSON: {again}")
-    if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != meta["tokenizer"]["sha256"]:
-        sys.exit(f"{folder}/tokenizer.tiktoken is not the one that meta.json names: {again}")
+    tokenizer = os.path.join(folder, "tokenizer.tiktoken")
+    if not os.path.exists(tokenizer) or file_hash(tokenizer) != meta["tokenizer"]["sha256"]:
+        sys.exit(f"{tokenizer} is not the one that meta.json names: {again}")
     return meta
 
 
@@ -619,4 +637,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from model import Cache, find_run, load_model, pick_device
-from prepare import Parser, file_hash, instruction, load_ranks, make_encoding
+from prepare import Parser, file_hash, instruction, load_ranks, make_encoding, start
 
 
 def pick(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -85,9 +85,19 @@ def stream(model, encoding, prompt, max_tokens, seed, **how):
     return ids[1:]
 
 
-def interact(model, encoding, args, how):
+LEAST = {"temperature": 0, "top_k": 0, "top_p": 1e-9, "min_p": 0, "max_tokens": 1, "num_samples": 1, "seed": 0}
+
+
+def check(settings):
+    """What is wrong with sampling settings, as one line, or ""."""
+    wrong = [f"{name}={value} must be at least {LEAST[name]}" for name, value in settings.items()
+             if value < LEAST[name]]
+    wrong += [f"min_p={settings['min_p']} must be at most 1"] * (settings["min_p"] > 1)
+    return "; ".join(wrong)
+
+
+def interact(model, encoding, settings):
     """Read beginnings from the terminal and go on with them; a line like /temperature=0.5 changes a setting."""
-    settings = {**how, "max_tokens": args.max_tokens, "seed": args.seed}
     print("Type how a story begins, and the model goes on; an empty line lets it begin. /temperature=0.5 and the like\n"
           "change settings, / shows them, Ctrl-D ends.")
     while True:
@@ -97,15 +107,16 @@ def interact(model, encoding, args, how):
             return print()
         name, _, value = line[1:].strip().partition("=")
         if not line.startswith("/"):
-            options = {key: value for key, value in settings.items() if key not in ("max_tokens", "seed")}
             try:
-                stream(model, encoding, line, settings["max_tokens"], settings["seed"], **options)
+                stream(model, encoding, line, **settings)
             except KeyboardInterrupt:
                 print()
             settings["seed"] += 1
         elif name:
             try:
-                settings[name] = type(settings[name])(value)
+                changed = {**settings, name: type(settings[name])(value)}
+                print(check(changed), end="\n" * bool(check(changed)))
+                settings = settings if check(changed) else changed
             except (KeyError, ValueError):
                 print(f"/{name}={value} is no setting: they are {', '.join(settings)}")
         else:
@@ -114,7 +125,7 @@ def interact(model, encoding, args, how):
 
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
-    parser.option("out_dir", "", "the run's folder (default: the newest under out/)")
+    parser.option("out_dir", "", "the run's folder, or a checkpoint in it (default: the newest under out/)")
     parser.option("prompt", "", "how the stories begin")
     parser.option("prompt_file", "", "a file with how they begin")
     parser.option("num_samples", 1, "stories, written in one batch")
@@ -132,11 +143,13 @@ def main(argv=None):
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
-    if args.temperature < 0 or args.num_samples < 1 or args.max_tokens < 1:
-        sys.exit("--temperature must be 0 or more, --num_samples and --max_tokens 1 or more")
+    settings = {**how, "max_tokens": args.max_tokens, "seed": args.seed}
+    if wrong := check({**settings, "num_samples": args.num_samples}):
+        sys.exit(f"--{wrong}")
     out_dir = find_run(args.out_dir)
     device, _ = pick_device(args.device)
     model, checkpoint = load_model(out_dir, device)
+    out_dir = os.path.dirname(out_dir) if out_dir.endswith(".pt") else out_dir
     encoding = make_encoding(load_ranks(out_dir))
     if file_hash(os.path.join(out_dir, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
         sys.exit(f"{out_dir}/tokenizer.tiktoken is not the one this model was trained with: copy it from its dataset")
@@ -151,7 +164,7 @@ def main(argv=None):
     if fields:
         prompt = instruction(fields) + prompt
     if args.interactive:
-        return interact(model, encoding, args, how)
+        return interact(model, encoding, settings)
     seeds = range(args.seed, args.seed + args.num_samples)
     if args.num_samples == 1 and not args.out:
         return stream(model, encoding, prompt, args.max_tokens, args.seed, **how)
@@ -166,4 +179,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import os
-import resource
+import re
 import shutil
 import signal
 import sys
@@ -29,10 +29,15 @@ from tqdm import tqdm
 
 from eval import evaluate, skill_accuracy
 from model import GPT, SIZES, GPTConfig, load_checkpoint, pick_device
-from prepare import Parser, load_meta, load_tokenizer, load_tokens
+from prepare import Parser, load_meta, load_tokenizer, load_tokens, start
 from prepare import main as prepare
 from sample import tell
 from world import write as write_world
+
+try:
+    import resource
+except ImportError:  # Windows: the peak of memory is not told
+    resource = None
 
 # dense bfloat16 FLOP/s that the makers give for their cards, for the share that is reached (MFU)
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -90,6 +95,8 @@ def parse_mix(text):
     try:
         parts = [part.partition(":") for part in text.split(",")]
         weights = {name: float(weight or 1) for name, _, weight in parts}
+        if min(weights.values()) < 0:
+            raise ValueError
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
     except (ValueError, ZeroDivisionError):
         sys.exit(f"--dataset={text} is neither a name nor name:weight,name:weight")
@@ -154,7 +161,7 @@ def learning_rate(progress, args):
     if args.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (progress - args.warmup) / (1 - args.warmup)))
     if args.schedule == "wsd":
-        return min(1.0, (1 - progress) / args.cooldown)
+        return min(1.0, (1 - progress) / max(args.cooldown, 1e-9))
     return 1.0
 
 
@@ -176,7 +183,9 @@ def save(checkpoint, path):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # torch turns a full disk into the latter
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
         sys.exit(f"cannot write {path} ({e}); the last checkpoint stays: make room, then the same command with --resume")
     os.replace(path + ".tmp", path)
 
@@ -192,29 +201,33 @@ def main(argv=None):
         args.n_head = args.n_head or heads
     args.n_head = args.n_head or max(1, args.n_embd // 64)
     args.lr = args.lr or {"muon": 0.02, "adamw": 0.002}[args.optimizer]
+    least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_minutes=0, evals=0)
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            sys.exit(f"--{name}={getattr(args, name)} must be at least {value}")
     if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_minutes)) > 1:
         sys.exit("give only one of --max_steps, --max_tokens and --max_minutes: the schedule follows it")
     mix = parse_mix(args.dataset)
     if "world" in mix:
         make_world()
+    first = next(iter(mix))
     metas = {name: load_meta(name) for name in mix}
     data = [load_tokens(name, "train") for name in mix]
-    tokenizers = {meta["tokenizer"]["sha256"]: name for name, meta in metas.items()}
-    if len(tokenizers) > 1:
-        a, b = list(tokenizers.values())[:2]
-        sys.exit(f"{a} and {b} have different tokenizers: python prepare.py --dataset={b} --tokenizer={a}")
+    tokenizer = metas[first]["tokenizer"]["sha256"]
     for name, tokens in zip(mix, data):
+        if metas[name]["tokenizer"]["sha256"] != tokenizer:
+            sys.exit(f"{first} and {name} have different tokenizers: "
+                     f"python prepare.py --dataset={name} --tokenizer={first}")
         if len(tokens) <= args.block_size:
             sys.exit(f"{name} has {len(tokens)} train tokens, fewer than one block: lower --block_size or add stories")
 
     # processes: one, or as many as torchrun started
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     master = rank == 0
+    if processes > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = pick_device(args.device, args.dtype)
     if processes > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     say = tqdm.write if master else lambda *text: None
 
@@ -232,11 +245,11 @@ def main(argv=None):
     # the model, new or from a checkpoint
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    config = GPTConfig(next(iter(metas.values()))["vocab_size"], args.block_size, args.n_layer, args.n_head,
+    config = GPTConfig(metas[first]["vocab_size"], args.block_size, args.n_layer, args.n_head,
                        args.n_embd, args.pos)
     out_dir = args.out_dir or os.path.join("out", f"{'+'.join(mix)}-{args.n_layer}x{args.n_embd}")
     path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
-    tokenizer = next(iter(tokenizers))
+    data_hashes = [meta["train"]["sha256"] for meta in metas.values()]
     step, seconds, best, used = 0, 0.0, math.inf, [0] * len(data)
     checkpoint = None
     if args.resume:
@@ -245,9 +258,9 @@ def main(argv=None):
             if name not in FREE and checkpoint["args"][name] != value:
                 sys.exit(f"{out_dir} was trained with --{name}={checkpoint['args'][name]}, not {value}: resume with "
                          "that, or start a new run with another --out_dir")
-        if checkpoint["tokenizer"] != tokenizer:
-            sys.exit(f"{out_dir} was trained with another tokenizer than data/{args.dataset} has now: prepare it as "
-                     "it was, or start a new run with another --out_dir")
+        if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (tokenizer, data_hashes):
+            sys.exit(f"data/{args.dataset} is not what {out_dir} was trained on: prepare it as it was, or start a new "
+                     "run with another --out_dir")
     elif os.path.exists(path):
         sys.exit(f"{out_dir} holds a run: add --resume to go on with it, or name another with --out_dir=out/NAME")
     model = GPT(config).to(device)
@@ -263,7 +276,8 @@ def main(argv=None):
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty unless the run was in float16
+            scaler.load_state_dict(checkpoint["scaler"])
         step, seconds, best, used = (checkpoint[name] for name in ("step", "seconds", "best", "used"))
         torch.set_rng_state(checkpoint["rng"].cpu())
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -276,13 +290,24 @@ def main(argv=None):
     worth_it = {"cpu": 2e13, "cuda": 5e15}.get(device.type, math.inf)  # FLOPs that take some two minutes without
     compiled = args.compile == "True" or args.compile == "auto" and device.type != "mps" and (
         args.max_minutes > 2 or not args.max_minutes and max_steps * step_tokens * model.flops_per_token() > worth_it)
-    forward = torch.compile(model) if compiled else model
+    began, forward = time.perf_counter(), torch.compile(model) if compiled else model
+    if compiled:
+        try:
+            idx = torch.zeros(batch, args.block_size + 1, dtype=torch.int64, device=device)
+            with autocast:
+                loss = forward(idx[:, :-1], idx[:, 1:]).mean()
+            loss.backward()
+        except Exception as e:  # no compiler, an old GPU, …: whatever it is, the plain model trains as well
+            say(f"compiling fails here ({e.__class__.__name__}): going on without it, more slowly")
+            forward, compiled = model, False
+        model.zero_grad(set_to_none=True)
+    compile_seconds = time.perf_counter() - began
     if processes > 1:
         forward = DistributedDataParallel(forward)
 
     flops = model.flops_per_token()
-    peak = next((peak for name, peak in PEAKS.items() if device.type == "cuda" and
-                 name in torch.cuda.get_device_name(device)), None)
+    peak = next((peak for name, peak in PEAKS.items() if device.type == "cuda" and dtype != torch.float32 and
+                 re.search(rf"\b{name}\b", torch.cuda.get_device_name(device))), None)
     budget = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{max_steps:,} steps"
     say(f"{args.dataset}: {epoch_tokens:,} tokens an epoch; {budget} of {step_tokens:,} tokens "
         f"({accumulate} x {batch} x {args.block_size} on {processes} process(es))")
@@ -290,11 +315,17 @@ def main(argv=None):
         f"{flops / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
         f"{model.num_params() * 16 / 2**20:.0f} MB; {device}, {str(dtype)[6:]}{', compiled' if compiled else ''}")
 
+    def progress_now():
+        return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps
+
+    if progress_now() >= 1:
+        return say(f"{out_dir} is finished (step {step:,}): give a longer run to go on, or python eval.py {out_dir}")
+
     # files
     log = None
     if master:
         os.makedirs(out_dir, exist_ok=True)
-        shutil.copy(os.path.join("data", next(iter(mix)), "tokenizer.tiktoken"), out_dir)
+        shutil.copy(os.path.join("data", first, "tokenizer.tiktoken"), out_dir)
         lines = []
         if args.resume and os.path.exists(log_path):
             with open(log_path) as f:  # what was logged after the checkpoint will be done again
@@ -316,7 +347,7 @@ def main(argv=None):
     def state():
         return {**weights(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "scaler": scaler.state_dict(), "seconds": seconds, "used": used, "best": best,
-                "rng": torch.get_rng_state()}
+                "data_hashes": data_hashes, "rng": torch.get_rng_state()}
 
     def validate(max_stories=None):
         """Scores on each dataset, and their mean by the weights of the mix."""
@@ -327,30 +358,27 @@ def main(argv=None):
         return result
 
     stop = []
+
+    def clock():
+        """Progress, and whether to stop, as the first process sees them: all must take the same turns."""
+        now = torch.tensor([progress_now(), float(bool(stop))], dtype=torch.float64)
+        if processes > 1:
+            dist.broadcast(now, 0)
+        return now.tolist()
+
     def ask_to_stop(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
     handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def progress_now():
-        return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps
-
-    if progress_now() >= 1:
-        return say(f"{out_dir} is finished (step {step:,}): give a longer run to go on, or python eval.py {out_dir}")
-    encoding = load_tokenizer(next(iter(mix)))
+    encoding = load_tokenizer(first)
     bar = tqdm(total=60 * args.max_minutes or max_steps, initial=seconds if args.max_minutes else step,
                unit="s" if args.max_minutes else "step", disable=None if master else True,
                bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
     model.train()
-    pending, started, first_step = [], time.perf_counter() - seconds, step
-    while True:
-        # one clock decides for all processes when to stop, and how high the learning rate is
-        now = torch.tensor([progress_now(), float(bool(stop))], dtype=torch.float64)
-        if processes > 1:
-            dist.broadcast(now, 0)
-        progress, stopped = now.tolist()
-        if progress >= 1 or stopped:
-            break
+    pending, aside, started, first_step = [], 0.0, time.perf_counter() - seconds, step
+    progress, stopped = clock()
+    while progress < 1 and not stopped:
         factor = learning_rate(progress if args.max_minutes else (step + 0.5) / max_steps, args)
         for group in groups:
             group["lr"] = group["highest_lr"] * factor
@@ -378,7 +406,8 @@ def main(argv=None):
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            if not scaler.is_enabled() or norm.isfinite():  # what overflows in one is skipped in all
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
@@ -388,9 +417,10 @@ def main(argv=None):
         seconds = time.perf_counter() - started
         pending.append(total)
 
-        reached = progress_now()
-        due = reached < 1 and int(reached * args.evals) > int(progress * args.evals)
-        if step % args.log_interval == 0 or due or reached >= 1:
+        before = progress
+        progress, stopped = clock()
+        due = progress < 1 and int(progress * args.evals) > int(before * args.evals)
+        if step % args.log_interval == 0 or due or progress >= 1 or stopped:
             losses = torch.stack(pending)
             if processes > 1:
                 dist.all_reduce(losses)
@@ -400,12 +430,14 @@ def main(argv=None):
                 bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
                 sys.exit(f"the loss is {losses[bad]} at step {step - len(losses) + bad + 1}; the last checkpoint stays: "
                          f"try a lower --lr than {args.lr:g}, a longer --warmup, or --dtype=float32")
-            speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - seconds_before)
-            write_log(train_loss=losses[-1], lr=groups[0]["lr"], grad_norm=norm.item(), tokens_per_second=round(speed),
-                      **({"mfu": round(speed * flops / peak / processes, 4)} if peak else {}))
+            speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - seconds_before - aside)
+            if step % args.log_interval == 0 or due or progress >= 1:
+                write_log(train_loss=losses[-1], lr=groups[0]["lr"], grad_norm=norm.item() if norm.isfinite() else None,
+                          tokens_per_second=round(speed),
+                          **({"mfu": round(speed * flops / peak / processes, 4)} if peak else {}))
             bar.set_postfix_str(f", loss {losses[-1]:.3f}, {speed:,.0f} tok/s", refresh=False)
             if bar.disable and step - first_step < 3 * args.log_interval:
-                left = seconds * (1 / reached - 1)
+                left = seconds * (1 / progress - 1)
                 say(f"step {step}: train loss {losses[-1]:.3f}, {speed:,.0f} tokens/s, about {left / 60:.1f} minutes left")
         bar.update((seconds if args.max_minutes else step) - bar.n)
         if master and args.keep == "log" and step & (step - 1) == 0:
@@ -419,10 +451,10 @@ def main(argv=None):
                 model.train()
                 say(f"step {step:,}: train loss {losses[-1]:.4f}, val_bpb {result['val_bpb']:.4f}\n  "
                     + encoding.decode(ids).replace("\n", "\n  "))
+                aside += time.perf_counter() - started - seconds
                 seconds = time.perf_counter() - started
                 save(state(), path)
-            if processes > 1:
-                dist.barrier()
+            progress, stopped = clock()  # an evaluation takes time, and the others wait for it here
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -437,14 +469,18 @@ def main(argv=None):
                 for skill, share in skill_accuracy(model, name).items():
                     result[f"accuracy_{skill}" + (f"/{name}" if len(mix) > 1 else "")] = share
             write_log(**result)
-            memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-            floor = metas[next(iter(mix))]["val"].get("bits_per_byte")
+            if device.type == "cuda":
+                memory = torch.cuda.max_memory_allocated(device)
+            elif resource:
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            else:
+                memory = 0
+            floor = metas[first]["val"].get("bits_per_byte")
             if floor and len(mix) == 1:
                 result["floor_bpb"] = floor  # of a world whose choices are known
             summary = {**{key: f"{value:.4f}" for key, value in result.items()}, "train_loss": f"{losses[-1]:.4f}",
                        "steps": step, "tokens": step * step_tokens, "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
-                       "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds:.1f}",
+                       "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds + compile_seconds:.1f}",
                        "tokens_per_second": round(speed), "parameters": model.num_params(),
                        "peak_memory_mb": memory >> 20, "out_dir": out_dir}
             for i, ids in enumerate(tell(model, encoding, "", 500, range(args.seed, args.seed + 3), temperature=0.8), 1):
@@ -455,4 +491,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -60,20 +60,25 @@ def test_the_first_stories_can_stand_for_all(in_prepared):
     assert eval.evaluate(model, "tiny", max_stories=10**6) == eval.evaluate(model, "tiny")
 
 
-def test_a_tokenizer_of_another_kind_is_refused(run, in_prepared):
-    with pytest.raises(SystemExit, match="no dataset in data/none"):
-        eval.main([run, "--dataset=none"])
+def test_a_dataset_with_another_tokenizer_is_refused(run, in_prepared):
+    write_jsonl(in_prepared / "data/strange/s.jsonl", make_stories(50))
+    prepare(["--dataset=strange", "--vocab_size=300", "--val_fraction=0.2"])
+    with pytest.raises(SystemExit, match="another tokenizer than data/strange .*--dataset=strange --tokenizer=tiny"):
+        eval.main([run, "--dataset=strange"])
 
 
 def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
     """Against one span at a time, straight from the logits; with right and wrong exchanged it is one minus that."""
     records = [{**r, "split": "val" if i % 5 == 0 else "train"} for i, r in enumerate(make_stories(200))]
+    for i, record in enumerate(records):  # words of other lengths too
+        if i % 2:
+            record["spans"][0]["wrong"] = "very old trumpet"
     write_jsonl(workplace / "data/x/stories.jsonl", records)
     prepare(["--dataset=x", "--vocab_size=400"])
     model, encoding = make_model(vocab_size=400, block_size=128), load_tokenizer("x")
 
-    def cost(before, word):
-        ids = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(before + word)])
+    def cost(before, word):  # "number" follows the marked word in each of these stories
+        ids = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(f"{before}{word} number")])
         start = len(encoding.encode_ordinary(before.rstrip()))  # the word's tokens begin with its space
         nats = model(ids[:, :-1], ids[:, 1:])[0, start:]
         return nats.sum().item()

@@ -223,12 +223,14 @@ def test_bad_input_ends_in_one_line(workplace, file, content, expected):
     assert not os.path.exists("data/x/meta.json")
 
 
-def test_a_mistyped_option_is_refused_with_the_nearest(capsys):
+def test_a_mistyped_option_is_refused_with_the_nearest(workplace, capsys):
     with pytest.raises(SystemExit) as error:
         prepare.main(["--max_storys=3"])
     assert error.value.code == 2 and "did you mean --max_stories?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         prepare.main(["--max=3"])  # no abbreviations
+    with pytest.raises(SystemExit, match="--hold_out=word.summary names other fields than features"):
+        prepare.main(["--hold_out=word+summary", f"--input={__file__}", "--dataset=none"])
     with pytest.raises(SystemExit, match="must lie between 257"):
         prepare.main(["--vocab_size=70000"])
 
@@ -254,6 +256,27 @@ def test_readers_notice_bins_that_are_cut_off_or_mixed_up(workplace):
         prepare.load_meta("x")
     with pytest.raises(SystemExit, match="no dataset in data/y: run python prepare.py --dataset=y"):
         prepare.load_meta("y")
+
+
+def test_ctrl_c_ends_in_one_line(workplace):
+    """A terminal sends Ctrl-C to the workers too."""
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True, text=True,
+                               stderr=subprocess.PIPE)
+    while process.poll() is None and not os.path.exists("data/x/train.bin.tmp"):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate()[1] == "interrupted: data/x is as it was before; the same command starts again\n"
+    assert process.returncode == 1
+
+
+def test_labels_of_an_earlier_run_do_not_stay(workplace):
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(60))
+    prepare.main(["--dataset=x", "--val_fraction=0.2"])
+    assert os.path.exists("data/x/val.skills.bin")
+    write_jsonl(workplace / "data/x/s.jsonl", [{"story": r["story"]} for r in make_stories(60)])
+    prepare.main(["--dataset=x", "--val_fraction=0.2"])
+    assert not os.path.exists("data/x/val.skills.bin")
 
 
 def test_a_killed_run_leaves_the_earlier_bins(workplace):

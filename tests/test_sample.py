@@ -73,17 +73,18 @@ def test_stories_from_the_command_line(run, in_prepared, capsys):
 
 
 def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Tim saw\n/temperature=0\n/\n/colour=red\nTim saw\nTim saw\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tim saw\n/temperature=0\n/\n/colour=red\n/top_k=-1\nTim saw\nTim saw\n"))
     sample.main([f"--out_dir={run}", "--interactive", "--max_tokens=20", "--device=cpu"])
     out = capsys.readouterr().out
     told = [line for line in out.replace("> ", "\n").splitlines() if line.startswith("Tim saw")]
     assert len(told) == 3 and told[1] == told[2]
-    assert "/temperature=0.0" in out and "/colour=red is no setting: they are temperature, top_k" in out
+    assert "/temperature=0.0" in out and "top_k=-1 must be at least 0" in out and "/colour=red is no setting: they are temperature, top_k" in out
 
 
 @pytest.mark.parametrize("options, expected", [
     (["--out_dir=out/none"], "no checkpoint out/none/ckpt.pt: run python train.py"),
-    (["--temperature=-1"], "--temperature must be 0 or more"),
+    (["--temperature=-1"], "--temperature=-1.0 must be at least 0"),
+    (["--top_p=0"], "--top_p=0.0 must be at least"),
     (["--prompt_file=nowhere.txt"], "cannot read --prompt_file=nowhere.txt"),
 ])
 def test_bad_input_ends_in_one_line(run, in_prepared, options, expected):
