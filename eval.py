@@ -155,7 +155,7 @@ def describe(path):
     if not stories:
         sys.exit(f"{path} holds no story")
     share = lambda n: f"{100 * n / stories:.2f} %"
-    names = sorted((name for name in capitals if not plain[name.lower()]), key=lambda name: -capitals[name])[:3]
+    names = sorted((name for name in capitals if plain[name.lower()] < capitals[name] / 10), key=lambda name: -capitals[name])[:3]
     figures = {"stories": f"{stories:,}", "words a story": f"{words / stories:.0f}",
                "distinct words": f"{len(vocabulary):,}", "exact copies": share(copies), "near-copies": share(near),
                "most common first sentence": share(openings.most_common(1)[0][1])}
