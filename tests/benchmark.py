@@ -1,10 +1,18 @@
-"""Measure this repository on this machine: python tests/benchmark.py [--only=train,sample] [--out=figures.json]
+"""Measure this repository on this machine, beside others where they are at hand.
 
-The machine's own ceiling first, then each figure beside it. Contenders alternate in one run, and medians are shown with
-their spread, because a laptop's speed drifts within minutes. Nothing here is a test.
+    python tests/benchmark.py                                  everything but the last two
+    python tests/benchmark.py --peer=FOLDER                    beside the model.py of a nanoGPT checkout in FOLDER
+    python tests/benchmark.py --only=quality --peer=FOLDER     bits per byte after some minutes
+    python tests/benchmark.py --only=growth                    cost against size, context and vocabulary
+
+The machine's own ceiling first, then each figure beside it. Contenders are processes of their own that take turns
+within one run, and medians are shown with their spread, because a laptop's speed drifts within minutes. Nothing here
+is a test.
 """
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -12,82 +20,277 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import torch
-
-from model import GPT, GPTConfig, pick_device
-from prepare import Parser
-from sample import generate
-from train import keep_large_blocks
-
 ROOT = Path(__file__).parent.parent
-SHAPES = {"4x128": (4, 128, 2), "8x128": (8, 128, 4), "8x256": (8, 256, 4)}
+sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval import evaluate, score
+from model import GPT, GPTConfig, pick_device
+from prepare import Parser, load_meta, load_tokens
+from sample import generate
+from train import command_line, keep_large_blocks, make_optimizers
+
+VOCABULARY = 8192
+SHAPES = {"4x128": (4, 128, 16), "8x256": (8, 256, 16), "8x512": (8, 512, 8)}  # layers, width, rows of a batch
+TRAIN = ["this float32", "this bfloat16", "this bfloat16 compiled", "this bfloat16 compiled muon", "nanoGPT float32",
+         "nanoGPT bfloat16", "nanoGPT bfloat16 compiled", "GPT-Neo float32", "GPT-Neo bfloat16"]
+SAMPLE = ["this float32", "this bfloat16", "nanoGPT float32", "GPT-Neo float32"]
+
+# -----------------------------------------------------------------------------------------------------------------
+# contenders: child processes that build a model once, and take a turn for every line they read
 
 
-def seconds_of(function, device, times=5):
-    """Seconds of each of `times` calls, after one to warm up."""
+def build(who, layers, width, length, vocabulary, peer):
+    """A model of this repository, or of another where it is at hand; its loss from a model, token ids and targets."""
+    heads = max(1, width // 64)
+    if who == "this":
+        return GPT(GPTConfig(vocabulary, length, layers, heads, width)), lambda model, x, y: model(x, y).mean()
+    if who == "nanoGPT":
+        sys.path.insert(0, peer)
+        sys.modules.pop("model")
+        import model as other
+        config = other.GPTConfig(block_size=length, vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width,
+                                 dropout=0.0, bias=False)
+        return other.GPT(config), lambda model, x, y: model(x, y)[1]
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+    kinds = [[["global", "local"], layers // 2]]
+    config = GPTNeoConfig(vocab_size=vocabulary, max_position_embeddings=length, hidden_size=width, num_layers=layers,
+                          num_heads=heads, attention_types=kinds, attention_dropout=0, embed_dropout=0,
+                          resid_dropout=0)
+    return GPTNeoForCausalLM(config), lambda model, x, y: model(x, labels=y).loss
+
+
+def contender(name, task, layers, width, rows, length, vocabulary, peer, device):
+    """Print the seconds of one turn, of this process' CPU time and its MB of memory, for each line on stdin.
+
+    A turn is a whole step of training on `rows` rows, or the writing of 200 tokens in `rows` streams."""
+    who, _, how = name.partition(" ")
+    dtype = torch.bfloat16 if "bfloat16" in how else torch.float32
+    print_, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints as it builds
+    device = torch.device(device)
+    model, loss = build(who, layers, width, length, vocabulary, peer)
+    model = model.to(device)
+    if who == "this" and device.type == "cpu":
+        keep_large_blocks()
+    if task == "train":
+        args = command_line().parse_args(["--optimizer=muon" if "muon" in how else "--optimizer=adamw", "--lr=0.001"])
+        optimizers = make_optimizers(model, args) if who == "this" else [torch.optim.AdamW(model.parameters())]
+        forward = torch.compile(model) if "compiled" in how else model
+        idx = torch.randint(vocabulary, (rows, length), device=device)
+
+        def turn():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                nats = loss(forward, idx, idx)
+            nats.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    else:
+        model = model.to(dtype).eval()
+        idx = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+
+        @torch.inference_mode()
+        def turn():
+            if who == "this":
+                list(generate(model, [0], 200, range(rows), eot=-1))
+            elif who == "nanoGPT":
+                model.generate(idx, 200)
+            else:
+                model.generate(idx, max_new_tokens=200, min_new_tokens=200, do_sample=True, pad_token_id=0)
+    for _ in range(3):  # compile and warm up
+        turn()
+    for _ in iter(lambda: print("ready", file=print_, flush=True) or sys.stdin.readline(), ""):
+        start, cpu = time.perf_counter(), time.process_time()
+        turn()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        memory = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else peak_memory()
+        print(json.dumps([time.perf_counter() - start, time.process_time() - cpu, memory]), file=print_, flush=True)
+
+
+def peak_memory():
+    """MB of this process at its largest."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def race(names, task, layers, width, rows, args, length=256, vocabulary=VOCABULARY):
+    """{name: (seconds of each turn, MB)} of the contenders, which take turns; and the cores that others used."""
+    children, found = {}, {}
+    for name in names:
+        settings = [name, task, layers, width, rows, length, vocabulary, args.peer, args.device]
+        child = subprocess.Popen([sys.executable, __file__, "--contender=" + json.dumps(settings)], text=True,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if child.stdout.readline() == "ready\n":
+            children[name], found[name] = child, []
+        else:
+            print(f"{name}: cannot run here")
+    before, own = busy(), 0.0
+    start = time.perf_counter()
+    for _ in range(args.rounds):
+        for name, child in children.items():
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            seconds, cpu, memory = json.loads(child.stdout.readline())
+            child.stdout.readline()
+            own += cpu
+            found[name].append((seconds, memory))
+    others = (busy() - before - own) / (time.perf_counter() - start)
+    for child in children.values():
+        child.stdin.close()
+        child.wait()
+    return {name: ([s for s, _ in turns], turns[-1][1]) for name, turns in found.items()}, others
+
+
+def busy():
+    """Seconds of CPU time that all processes of the machine have used (Linux; elsewhere 0)."""
+    try:
+        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    except OSError:
+        return 0.0
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the parts: each yields (figure, values, note)
+
+
+def seconds_of(function, device, times=7):
+    """Seconds of each of `times` calls, after two to warm up."""
     found = []
-    for _ in range(times + 1):
+    for _ in range(times + 2):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
-    return found[1:]
+    return found[2:]
 
 
-def spread(values):
-    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
-
-
-def ceiling(device):
-    """GFLOP/s of matrix products in float32 and bfloat16, and GB/s of copying memory."""
-    figures = {}
+def ceiling(args):
+    """GFLOP/s of matrix products, and GB/s of copying memory: what the hardware gives at best."""
+    device = torch.device(args.device)
+    size = 8192 if device.type == "cuda" else 2048
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(2048, 2048, device=device, dtype=dtype)
-        figures[f"GFLOP/s of products, {str(dtype)[6:]}"] = [2 * 2048**3 / s / 1e9
-                                                              for s in seconds_of(lambda: a @ a, device)]
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        found = [2 * size**3 / s / 1e9 for s in seconds_of(lambda: a @ a, device)]
+        args.ceiling = statistics.median(found)  # bfloat16's is kept
+        yield f"GFLOP/s of products, {str(dtype)[6:]}", found, ""
     block = torch.ones(2**26, device=device)
-    figures["GB/s of copying"] = [2 * block.nbytes / s / 1e9 for s in seconds_of(block.clone, device)]
-    return figures
+    yield "GB/s of copying", [2 * block.nbytes / s / 1e9 for s in seconds_of(block.clone, device)], ""
 
 
-def train_speed(device, batch=16, length=256):
-    """Tokens a second of forward, backward and gradients, per shape and setting; the settings alternate."""
-    figures = {}
-    for name, (layers, width, heads) in SHAPES.items():
-        idx = torch.randint(4096, (batch, length), device=device)
-        contenders = {}
-        for setting in ("float32", "bfloat16", "bfloat16, compiled"):
-            model = GPT(GPTConfig(4096, length, layers, heads, width)).to(device)
-            forward = torch.compile(model) if "compiled" in setting else model
-
-            def step(model=model, forward=forward, setting=setting):
-                with torch.autocast(device.type, torch.bfloat16, enabled="bfloat16" in setting):
-                    forward(idx, idx).mean().backward()
-                model.zero_grad()
-            contenders[setting] = step
-        times = {setting: [] for setting in contenders}
-        for _ in range(5):
-            for setting, step in contenders.items():
-                times[setting] += seconds_of(step, device, 1)
-        for setting, found in times.items():
-            figures[f"tokens/s of training {name}, {setting}"] = [batch * length / s for s in found]
-        figures[f"GFLOP/s of training {name}, {setting}"] = [
-            batch * length * model.flops_per_token() / s / 1e9 for s in found]
-    return figures
+def train(args):
+    """Tokens a second of whole steps: forward, backward, clipping, optimizer (AdamW for all but the one with Muon)."""
+    for shape in args.shapes.split(","):
+        layers, width, rows = SHAPES[shape]
+        flops = GPT(GPTConfig(VOCABULARY, 256, layers, max(1, width // 64), width)).flops_per_token()
+        found, others = race([name for name in TRAIN if args.peer or "nanoGPT" not in name], "train", layers, width,
+                             rows, args)
+        for name, (seconds, memory) in found.items():
+            speed = [rows * 256 / s for s in seconds]
+            gflops = statistics.median(speed) * flops / 1e9
+            share = f", {gflops / args.ceiling:.0%} of the ceiling" if hasattr(args, "ceiling") else ""
+            yield f"tokens/s of training {shape}, {name}", speed, f"{gflops:,.0f} GFLOP/s{share}, {memory:,.0f} MB"
+        print(f"    others used {others:.2f} cores meanwhile")
 
 
-def sample_speed(device, tokens=200):
-    """Tokens a second of writing with the cache, in one stream and in 64."""
-    model = GPT(GPTConfig(4096, 256, 8, 4, 128)).to(device).eval()
-    return {f"tokens/s of sampling 8x128, {n} stream(s)": [
-        n * tokens / s for s in seconds_of(lambda: list(generate(model, [0], tokens, range(n), eot=-1)), device, 3)]
-        for n in (1, 64)}
+def sample(args):
+    """Tokens a second of writing 200 tokens in one stream, in 16 and in 64."""
+    for streams in (1, 16, 64):
+        names = [name for name in SAMPLE if args.peer or "nanoGPT" not in name]
+        found, others = race(names, "sample", 8, 256, streams, args)
+        for name, (seconds, _) in found.items():
+            yield f"tokens/s of sampling 8x256, {streams} stream(s), {name}", [200 * streams / s for s in seconds], ""
+        print(f"    others used {others:.2f} cores meanwhile")
 
 
-def prepare_speed(megabytes):
+def evaluation(args):
+    """Seconds of scoring 1,765 stories of 204 tokens, 1.4 MB of TinyStories, with an untrained 28M model."""
+    device = torch.device(args.device)
+    model = GPT(GPTConfig(4096, 256, 8, 8, 512)).to(device)
+    tokens = np.random.default_rng(0).integers(1, 4096, 1765 * 204 + 1).astype(np.uint16)
+    tokens[::204] = 0
+    start = time.perf_counter()
+    score(model, tokens, 0)
+    yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], f"{peak_memory():,.0f} MB"
+
+
+class Peer(torch.nn.Module):
+    """nanoGPT's model with the surface that eval.score asks for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.head = model, model.config, model.lm_head
+
+    def forward(self, idx, targets):
+        logits, _ = self.model(idx, targets)  # (B, T, V)
+        return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
+
+
+def quality(args):
+    """Bits per byte of train.py's default after --minutes; of nanoGPT's model with AdamW after --peer_minutes, on the
+    same tokens: 4 x 128, batches of 16 x 256 (compiling not counted), learning rate from a sweep."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "train.py", f"--dataset={args.dataset}", f"--max_minutes={args.minutes}",
+                   "--evals=0", f"--out_dir={folder}/run", f"--device={args.device}", "--compile=True"]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    summary = dict(line.split(":", 1) for line in lines if re.match(r"[a-z_]+: ", line))
+    note = f"{int(summary['tokens']):,} tokens, {int(summary['tokens_per_second']):,} a second"
+    yield f"val_bpb of train.py after {args.minutes:g} minutes", [float(summary["val_bpb"])], note
+    if not args.peer:
+        return
+    model, loss = build("nanoGPT", 4, 128, 256, load_meta(args.dataset)["vocab_size"], args.peer)
+    model = model.to(args.device)
+    forward, tokens = torch.compile(model), load_tokens(args.dataset, "train")
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95))
+    draw, step, progress = np.random.default_rng(1), 0, 0.0
+    while progress < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 8e-3 * min(1.0, progress / 0.02, 0.55 + 0.45 * math.cos(math.pi * progress))
+        rows = [tokens[i:i + 257] for i in draw.integers(0, len(tokens) - 256, 16)]
+        rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            nats = loss(forward, rows[:, :-1], rows[:, 1:])
+        nats.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step == 1:
+            start = time.perf_counter()
+        progress = (time.perf_counter() - start) / (60 * args.peer_minutes)
+    result = evaluate(Peer(model), args.dataset)
+    yield (f"val_bpb of nanoGPT after {args.peer_minutes:g} minutes", [result["val_bpb"]],
+           f"{step * 4096:,} tokens, {step * 4096 / args.peer_minutes / 60:,.0f} a second")
+
+
+def growth(args):
+    """What a step costs against the model's size, the context and the vocabulary: tokens a second, memory."""
+    best = ["this bfloat16"]
+    for width in (64, 128, 256, 512):
+        (seconds, memory), = race(best, "train", 8, width, 16, args)[0].values()
+        yield f"tokens/s of training 8x{width}", [16 * 256 / s for s in seconds], f"{memory:,.0f} MB"
+    for length in (128, 256, 512, 1024):
+        (seconds, memory), = race(best, "train", 8, 128, 4096 // length, args, length)[0].values()
+        yield f"tokens/s of training 8x128, context {length}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
+    for vocabulary in (1024, 4096, 16384):
+        (seconds, memory), = race(best, "train", 8, 128, 16, args, vocabulary=vocabulary)[0].values()
+        yield f"tokens/s of training 8x128, vocabulary {vocabulary}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
+
+
+def prepare(args):
     """MB/s of prepare.py over a generated file, all in; and the peak of memory, all processes together, in MB."""
+    megabytes = args.prepare_mb
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "world.py", "--n=30000", "--name=seed"], cwd=folder, check=True,
                        capture_output=True)
@@ -108,10 +311,10 @@ def prepare_speed(megabytes):
             time.sleep(0.5)
         assert process.returncode == 0
         seconds = time.perf_counter() - start
-    return {f"MB/s of preparing {megabytes} MB": [written / 1e6 / seconds], "MB of memory for it": [peak]}
+    yield f"MB/s of preparing {megabytes} MB", [written / 1e6 / seconds], f"{peak:,.0f} MB"
 
 
-def generate_speed(n=5000, concurrency=64):
+def writer(args, n=5000, concurrency=64):
     """Stories a second of generate.py against a server on loopback, start included, and its peak of memory in MB."""
     from test_generate import SCRIPT, Server
     letters = "abcdefghijklmnopqrst"
@@ -127,32 +330,43 @@ def generate_speed(n=5000, concurrency=64):
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
     assert status == 0
-    return {f"stories/s of generate.py, {concurrency} at a time": [n / seconds],
-            "MB of memory for it": [usage.ru_maxrss / 1000]}
+    yield f"stories/s of generate.py, {concurrency} at a time", [n / seconds], f"{usage.ru_maxrss / 1000:,.0f} MB"
+
+
+PARTS = {"ceiling": ceiling, "train": train, "sample": sample, "eval": evaluation, "quality": quality,
+         "growth": growth, "prepare": prepare, "generate": writer}
 
 
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
-    parser.option("only", "ceiling,train,sample,prepare,generate", "what to measure")
+    parser.option("only", "ceiling,train,sample,eval,prepare,generate", f"of {', '.join(PARTS)}")
+    parser.option("dataset", "tinystories", "what to train on for --only=quality")
+    parser.option("minutes", 4.0, "… and for how long")
+    parser.option("peer_minutes", 15.0, "… and nanoGPT beside it")
+    parser.option("peer", "", "a folder with nanoGPT's model.py, to be measured beside this one")
+    parser.option("shapes", ",".join(SHAPES), "which shapes to train")
+    parser.option("rounds", 9, "turns of each contender")
     parser.option("device", "auto", "auto, cpu or cuda")
     parser.option("prepare_mb", 100, "size of the file that prepare.py is measured on")
     parser.option("out", "", "a JSON file for the figures")
+    parser.option("contender", "", "(used by this script itself)")
     args = parser.parse_args(argv)
+    if args.contender:
+        return contender(*json.loads(args.contender))
+    for part in args.only.split(","):
+        if part not in PARTS:
+            sys.exit(f"--only={part} is none of {', '.join(PARTS)}")
     device, _ = pick_device(args.device, "float32")
-    if device.type == "cpu":
-        keep_large_blocks()
-    parts = {"ceiling": lambda: ceiling(device), "train": lambda: train_speed(device),
-             "sample": lambda: sample_speed(device), "prepare": lambda: prepare_speed(args.prepare_mb),
-             "generate": generate_speed}
+    args.device = str(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}; load of the last minute {os.getloadavg()[0]:.1f}")
     figures = {}
     for part in args.only.split(","):
-        if part not in parts:
-            sys.exit(f"--only={part} is none of {', '.join(parts)}")
-        for figure, values in parts[part]().items():
+        for figure, values, note in PARTS[part](args):
             figures[figure] = values
-            print(f"{figure:50} {spread(values)}", flush=True)
+            middle, low, high = (f"{f(values):,.{0 if max(values) >= 20 else 1}f}"
+                                 for f in (statistics.median, min, max))
+            print(f"{figure:62} {middle:>10} ({low} to {high})  {note}", flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(figures, indent=1))
 
