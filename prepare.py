@@ -399,12 +399,13 @@ def run_workers(function, tasks, title, args, ranks=None):
     try:
         with tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None) as bar:
             while True:
-                if hasattr(signal, "pthread_sigmask"):  # Ctrl-C waits: one that comes amid a fork is lost
-                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                caught = []  # amid a fork, Python loses a KeyboardInterrupt: so Ctrl-C waits
+                before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
                 for task in itertools.islice(todo, 2 * os.cpu_count() - len(under_way)):
                     under_way.append((task, pool.submit(function, *task)))
-                if hasattr(signal, "pthread_sigmask"):
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                signal.signal(signal.SIGINT, before)
+                if caught:
+                    raise KeyboardInterrupt
                 if not under_way:
                     return
                 task, future = under_way.popleft()
