@@ -34,8 +34,8 @@ import tiktoken
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
-# how GPT-2 splits text into words before it merges bytes (Radford et al. 2019), as tiktoken writes it; and the same with
-# letters, digits and signs left together: such pieces are faster to find and count, and few are left to split
+# how GPT-2 splits text into words before it merges bytes (Radford et al. 2019), as tiktoken writes it; and the same
+# with letters, digits and signs left together: such pieces are faster to find and count, and few are left to split
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 PIECES = re.compile(r" ?\S+|\s+(?!\S)|\s")
 SKILLS = ("none", "grammar", "fact", "context", "reasoning")  # the labels in val.skills.bin
