@@ -344,7 +344,7 @@ def test_ctrl_c_ends_in_one_line(workplace):
     while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate()[1] == "interrupted: data/x is as it was before; the same command starts again\n"
+    assert process.communicate(timeout=120)[1] == "interrupted: data/x is as it was before; the same command starts again\n"
     assert process.returncode == 1 and os.listdir("data/x") == ["s.jsonl"]
 
 
