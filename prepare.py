@@ -9,14 +9,17 @@ last), tokenizer.tiktoken and meta.json. Whoever reads them does so through load
 import argparse
 import base64
 import difflib
-import errno
 import hashlib
 import heapq
 import http.client
+import itertools
 import json
+import math
+import mmap
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -31,12 +34,17 @@ import tiktoken
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
-# how GPT-2 splits text into words before it merges bytes (Radford et al. 2019), as tiktoken writes it
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# how GPT-2 splits text into words before it merges bytes (Radford et al. 2019), as tiktoken writes it; and the same
+# with letters, digits and signs left together: such pieces are faster to find and count, and few are left to split
+WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+PIECES = re.compile(r" ?\S+|\s+(?!\S)|\s")
 SKILLS = ("none", "grammar", "fact", "context", "reasoning")  # the labels in val.skills.bin
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 VERSIONS = {1: ("TinyStories-train.txt", "TinyStories-valid.txt"),
             2: ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
+UNFINISHED = "unfinished"  # folder for the new files in the dataset's, until all are there
+SPLITS = {"tra": "train", "val": "val"}  # by how names of splits begin: train, training, val, valid, validation
+BLOCK = 1 << 21  # bytes of stories that a worker takes at a time
 
 # -----------------------------------------------------------------------------------------------------------------
 # what every script shares: the command line, and what counts as a copy of a story
@@ -102,53 +110,38 @@ def download(url, path, retries=5, wait=1.0):
 
     Gives up, in one line, after `retries` tries in a row that brought nothing new, waiting `wait` seconds before the
     second and twice as long before each further one."""
-    part, tries, most = path + ".part", 0, -1
+    part, tries, most, problem = path + ".part", -1, 0, ""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     ways_on = "or use a file you have with --input=FILE, or stories made here: python world.py"
     while True:
         have = os.path.getsize(part) if os.path.exists(part) else 0
-        if have > most:
-            tries, most = 0, have
-        elif (tries := tries + 1) > retries:
+        most, tries = max(most, have), 0 if have > most else tries + 1
+        if tries > retries:
             sys.exit(f"cannot download {url}: {problem}. {have:,} bytes are kept: run this again to go on, {ways_on}")
-        else:
+        if tries:
             time.sleep(wait * 2 ** (tries - 1))
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        # from the last byte that we have: so there is an answer even where we have them all
+        request = urllib.request.Request(url, headers={"Range": f"bytes={max(0, have - 1)}-"})
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                total = int(response.headers.get("Content-Length") or 0)
-                if response.status == 206:  # else the server ignored our Range, and sends the whole file
-                    start, total = map(int, re.fullmatch(r"bytes (\d+)-\d+/(\d+)",
-                                                         response.headers["Content-Range"]).groups())
-                    if start != have:
-                        raise ValueError(f"asked for byte {have}, got byte {start}")
-                else:
-                    have = 0
-                with open(part, "ab" if have else "wb") as f, tqdm(
-                        total=total or None, initial=have, unit="B", unit_scale=True, disable=None,
-                        desc=os.path.basename(path)) as bar:
-                    while chunk := response.read(1 << 20):
-                        f.write(chunk)
-                        bar.update(len(chunk))
+            with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as f:
+                sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+                # a server that ignores the range sends all, and one that knows no length says 0
+                start, total = map(int, sent.groups() if sent else (0, response.headers.get("Content-Length", 0)))
+                f.truncate(min(start, have))
+                with tqdm.wrapattr(response, "read", total=total or None, initial=start, disable=None,
+                                   desc=os.path.basename(path)) as body:
+                    shutil.copyfileobj(body, f)
             size = os.path.getsize(part)
             if size == total or not total:
-                os.replace(part, path)
-                return
+                return os.replace(part, path)
             problem = f"{size:,} of {total:,} bytes came"
-            if size > total:
-                os.remove(part)
         except urllib.error.HTTPError as e:
-            if e.code == 416:  # nothing after what we have: it is whole, or it is not this file's beginning
-                if e.headers.get("Content-Range") == f"bytes */{have}":
-                    os.replace(part, path)
-                    return
+            problem = f"the server says {e.code} {e.reason}"
+            if e.code == 416:  # the file is shorter than what we have, which is of another file then
                 os.remove(part)
             elif e.code < 500 and e.code != 429:
-                sys.exit(f"cannot download {url}: the server says {e.code} {e.reason}. Check --url, {ways_on}")
-            problem = f"the server says {e.code} {e.reason}"
-        except (OSError, ValueError, TypeError, AttributeError, http.client.HTTPException) as e:
-            if getattr(e, "errno", None) == errno.ENOSPC:
-                sys.exit(f"the disk is full: make room, and run this again to go on with {part}")
+                sys.exit(f"cannot download {url}: {problem}. Check --url, {ways_on}")
+        except (OSError, ValueError, http.client.HTTPException) as e:
             problem = f"{getattr(e, 'reason', e)}"
 
 
@@ -162,100 +155,122 @@ def find_files(source):
     paths = [source] if os.path.isfile(source) else [own] if os.path.exists(own) else sorted(
         os.path.join(source, name) for name in (os.listdir(source) if os.path.isdir(source) else ())
         if name.endswith((".txt", ".jsonl")))
-    files = []
-    for path in paths:
-        match = re.search(r"(^|[-_.])(train|val|valid)\.\w+$", os.path.basename(path))
-        files.append((path, match and match[2][:3].replace("tra", "train")))
-    return files
+    named = [re.search(r"(?:^|[-_.])(train|valid|val)\.\w+$", os.path.basename(path)) for path in paths]
+    return [(path, match and SPLITS[match[1][:3]]) for path, match in zip(paths, named)]
 
 
-def read_records(path, bar=None):
-    """Each story of a file as a record, {"story": text, …}: JSON lines, or text split at <|endoftext|>."""
-    bar = bar or tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, disable=None, leave=False, desc=path)
+def cut(path):
+    """The blocks (path, start, end) of a file, in bytes: at least BLOCK long, and cut where a story ends."""
+    end_of_story, size, start = b"\n" if path.endswith(".jsonl") else EOT.encode(), os.path.getsize(path), 0
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else f as content:
+        while start < size:
+            found = content.find(end_of_story, start + BLOCK)
+            end = found + len(end_of_story) if found >= 0 else size
+            yield path, start, end
+            start = end
+
+
+def parse(path, content):
+    """The stories in bytes of a file, each as a record {"story": text, …}: JSON lines, or text split at EOT."""
+    text = content.decode("utf-8-sig")
+    if path.endswith(".jsonl"):
+        records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        for record in records:
+            record["story"].encode()  # half a surrogate pair, which JSON can hold, is no text
+        return records
+    *stories, rest = text.replace("\r\n", "\n").split(EOT)
+    return [{"story": story.strip()} for story in stories + [rest] * bool(rest.strip())]
+
+
+def read_block(path, start, end):
+    """The records of a block; a mistake in it ends the program in a line that says where."""
+    mistakes = (ValueError, TypeError, KeyError, AttributeError)
     with open(path, "rb") as f:
-        lines, number = [], 0
-        for line in f:
-            bar.update(len(line))
-            number += 1
-            try:
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if path.endswith(".jsonl"):
-                    if line.strip():
-                        record = json.loads(line)
-                        record["story"].encode()
-                        yield record
-                    continue
-            except UnicodeError:
-                sys.exit(f"{path} line {number} is not UTF-8: save the file as UTF-8 and run this again")
-            except (ValueError, TypeError, KeyError, AttributeError):
-                sys.exit(f'{path} line {number} is no JSON object with a "story": mend or delete that line')
-            while EOT in line:
-                head, line = line.split(EOT, 1)
-                yield {"story": "".join(lines + [head]).strip()}
-                lines = []
-            lines.append(line)
-        if "".join(lines).strip():
-            yield {"story": "".join(lines).strip()}
+        f.seek(start)
+        try:
+            return parse(path, f.read(end - start))
+        except mistakes:
+            f.seek(0)
+            for number, line in enumerate(f, 1):
+                try:
+                    parse(path, line)
+                except mistakes as e:
+                    sys.exit(f"{path} line {number} is " + (
+                        "not UTF-8: save the file as UTF-8 and run this again" if isinstance(e, UnicodeError) else
+                        'no JSON object with a "story": mend or delete that line'))
+
+
+def read_records(path):
+    """Each story of a file as a record, with a bar."""
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, disable=None, leave=False, desc=path) as bar:
+        for block in cut(path):
+            yield from read_block(*block)
+            bar.update(block[2] - block[1])
 
 
 # Characters that a byte 80 to FF becomes when it is read as cp1252 (five bytes that cp1252 lacks stay controls),
 # and the shapes that UTF-8 sequences of two, three and four bytes have after that: "don’t" read so is "donâ€™t".
-CP1252 = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(0x80, 0x100)}
-lead = ["".join(c for c, b in CP1252.items() if low <= b <= high) for low, high in
-        ((0xC2, 0xDF), (0xE0, 0xEF), (0xF0, 0xF4))]
-tail = "[" + re.escape("".join(c for c, b in CP1252.items() if b < 0xC0)) + "]"
-MOJIBAKE = re.compile(f"[{lead[0]}]{tail}|[{lead[1]}]{tail}{{2}}|[{lead[2]}]{tail}{{3}}")
+HIGH = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(0x80, 0x100))
+two, three, four, tail = (f"[{re.escape(HIGH[first - 0x80:last - 0x7F])}]" for first, last in
+                          ((0xC2, 0xDF), (0xE0, 0xEF), (0xF0, 0xF4), (0x80, 0xBF)))
+MOJIBAKE = re.compile(f"{two}{tail}|{three}{tail}{{2}}|{four}{tail}{{3}}")
 
 
 def repair(text):
     """Undo UTF-8 that was read as cp1252; all other text is left alone."""
     def decode(match):
         try:
-            return bytes(CP1252[c] for c in match[0]).decode("utf-8")
+            return bytes(0x80 + HIGH.index(c) for c in match[0]).decode("utf-8")
         except UnicodeDecodeError:
             return match[0]
     return text if text.isascii() else MOJIBAKE.sub(decode, text)
 
 
-def read_corpus(files, args, counts, title):
-    """Yield (split, record) of every story that stays, val before train; `counts` collects what cleaning did."""
-    seen = {"val": set(), "train": set()}
-    total = sum(os.path.getsize(path) * (1 if split else 2) for path, split in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=None) as bar:
-        for split in ("val", "train"):
-            kept = 0
-            for path, file_split in files:
-                if file_split not in (None, split):
-                    continue
-                for record in read_records(path, bar):
-                    story, key = record["story"], None
-                    if not file_split:
-                        own = str(record.get("split", ""))
-                        if not own:
-                            key = fingerprint(story)
-                            own = "val" if key % 10**6 < args.val_fraction * 10**6 else "train"
-                        if own[:3] != split[:3]:
-                            continue
-                    if args.clean:
-                        repaired = repair(story)
-                        if repaired != story:
-                            counts["UTF-8 read as cp1252: repaired"] += 1
-                            story, key = repaired, None
-                        key = key or fingerprint(story)
-                        why = ("empty" if not story.strip() else "under 100 characters" if len(story) < 100 else
-                               "no final punctuation" if story.rstrip()[-1] not in ".!?\"'”’)…" else
-                               f"copies in {split}" if key in seen[split] else
-                               "in train and in val" if key in seen["val"] else None)
-                        if why:
-                            counts[f"{why}: removed"] += 1
-                            continue
-                        seen[split].add(key)
-                    elif not story.strip():
-                        continue
-                    yield split, {**record, "story": story}
-                    kept += 1
-                    if split == "train" and kept == args.max_stories:
-                        return
+def judge(block, file_split):
+    """(fingerprint, fate, whether it was repaired) of each story of a block; its fate is a split, or why it goes."""
+    found = []
+    for record in read_block(*block):
+        story = repair(record["story"]) if settings.clean else record["story"]
+        key, end = fingerprint(story), story.rstrip()[-1:]
+        own = "val" if key % 10**6 < settings.val_fraction * 10**6 else "train"
+        fate = ("empty" if not end else
+                "under 100 characters" if settings.clean and len(story) < 100 else
+                "no final punctuation" if settings.clean and end not in ".!?\"'”’)…" else
+                SPLITS.get(str(file_split or record.get("split") or own)[:3], "neither train nor val"))
+        found.append((key, fate, story != record["story"]))
+    return found
+
+
+def choose(files, args):
+    """[(block, fates of its stories)] of the files that are needed, and {what cleaning did: number of stories}.
+
+    Of copies the first stays. Files for val come first and those for train last, so that val stays whole."""
+    files = sorted(files, key=lambda file: ("val", None, "train").index(file[1]))
+    plan, counts, kept, seen = [], Counter(), {"train": 0, "val": 0}, {}
+    tasks = [(block, split) for path, split in files for block in cut(path)]
+    for (block, file_split), found in run_workers(judge, tasks, "reading", args):
+        plan.append((block, []))
+        for key, fate, repaired in found:
+            if fate in kept and key in seen:
+                fate = f"copies in {fate}" if seen[key] == fate else "in train and in val"
+            if fate == "train" and kept["train"] == args.max_stories:
+                fate = None
+            elif fate in kept:
+                kept[fate] += 1
+                if args.clean:
+                    seen[key] = fate
+            else:
+                counts[f"{fate}: removed"] += 1
+            if fate and repaired:
+                counts["UTF-8 read as cp1252: repaired"] += 1
+            plan[-1][1].append(fate)
+        if file_split == "train" and kept["train"] == args.max_stories:
+            break
+    for split in kept:
+        if not kept[split]:
+            sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}, after cleaning removed "
+                     f"{counts.total():,}: " + ("raise --val_fraction" if split == "val" else "give more stories"))
+    return plan, counts
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -299,10 +314,8 @@ def train_bpe(words, vocab_size):
 
     words: {word's bytes: how often}. The most frequent pair of neighbours is merged again and again; of equals, the
     one with the smallest ids. Only the words that hold a merged pair are counted anew."""
-    ranks = {bytes([b]): i for i, b in enumerate(BYTES)}
-    tokens = list(ranks)
-    spelled = [[ranks[bytes([b])] for b in word] for word in words]
-    times = list(words.values())
+    tokens = [bytes([b]) for b in BYTES]
+    spelled, times = [[BYTES.index(b) for b in word] for word in words], list(words.values())
     counts, where = Counter(), defaultdict(set)  # of each pair: its number, and the words it stands in
     for i, ids in enumerate(spelled):
         for pair in zip(ids, ids[1:]):
@@ -310,27 +323,23 @@ def train_bpe(words, vocab_size):
             where[pair].add(i)
     heap = [(-n, pair) for pair, n in counts.items()]
     heapq.heapify(heap)
-    while heap and len(ranks) < vocab_size - 1:
+    while heap and len(tokens) < vocab_size - 1:
         n, pair = heapq.heappop(heap)
         if -n != counts[pair]:  # counts of old pairs only fall: this entry is out of date
             heapq.heappush(heap, (-counts[pair], pair))
             continue
         if -n < 2:
             break
-        new = len(tokens)
+        new, touched = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        ranks.setdefault(tokens[new], new)
-        touched = set()
         for i in where.pop(pair):
-            ids, merged, j = spelled[i], [], 0
-            while j < len(ids):
-                if j + 1 < len(ids) and (ids[j], ids[j + 1]) == pair:
-                    merged.append(new)
-                    j += 2
+            merged = []
+            for token in spelled[i]:
+                if merged and (merged[-1], token) == pair:
+                    merged[-1] = new
                 else:
-                    merged.append(ids[j])
-                    j += 1
-            for old in zip(ids, ids[1:]):
+                    merged.append(token)
+            for old in zip(spelled[i], spelled[i][1:]):
                 counts[old] -= times[i]
             for now in zip(merged, merged[1:]):
                 counts[now] += times[i]
@@ -340,7 +349,7 @@ def train_bpe(words, vocab_size):
             spelled[i] = merged
         for now in touched:
             heapq.heappush(heap, (-counts[now], now))
-    return ranks
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def trim_bpe(ranks, used, vocab_size):
@@ -349,15 +358,14 @@ def trim_bpe(ranks, used, vocab_size):
     used: how often each id of `ranks` occurs. Returns ranks of vocab_size - 1 tokens or fewer, in the old order, so
     that the merges that are left happen in the same order as before."""
     keep = {bytes([b]) for b in BYTES}
+
+    def family(token):  # the token, and what it is merged from, down to tokens that stay anyway
+        return set() if token in keep else {token}.union(*map(family, parts_of(token, ranks)))
+
     for token in sorted(ranks, key=lambda t: (-used[ranks[t]], ranks[t])):
-        family, todo = set(), [token]  # the token, and what it is merged from, down to tokens that stay anyway
-        while todo:
-            t = todo.pop()
-            if t not in keep and t not in family:
-                family.add(t)
-                todo += parts_of(t, ranks)
-        if len(keep) + len(family) <= vocab_size - 1:
-            keep |= family
+        more = family(token)
+        if len(keep) + len(more) <= vocab_size - 1:
+            keep |= more
     return {token: i for i, token in enumerate(sorted(keep, key=ranks.get))}
 
 
@@ -371,189 +379,175 @@ def parts_of(token, ranks):
 
 
 def make_encoding(ranks):
-    return tiktoken.Encoding("stories", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return tiktoken.Encoding("stories", pat_str=WORDS.pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# workers
+# workers: each takes a block and the fates of its stories
 
 
-def start_worker(ranks):
-    global encoding
+def start_worker(args, ranks):
+    global settings, encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
-    encoding = make_encoding(ranks) if ranks else None
+    settings, encoding = args, make_encoding(ranks) if ranks else None
 
 
-def count_words(batch):
-    return Counter(word for _, record in batch for word in regex.findall(WORDS, record["story"]))
+def run_workers(function, tasks, title, args, ranks=None):
+    """Yield (task, function(*task)) in order; few tasks are under way, so memory stays flat."""
+    pool, todo, under_way = ProcessPoolExecutor(initializer=start_worker, initargs=(args, ranks)), iter(tasks), deque()
+    size = sum(end - start for (_, start, end), _ in tasks)
+    try:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None) as bar:
+            while True:
+                caught = []  # amid a fork, Python loses a KeyboardInterrupt: so Ctrl-C waits
+                before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+                for task in itertools.islice(todo, 2 * os.cpu_count() - len(under_way)):
+                    under_way.append((task, pool.submit(function, *task)))
+                signal.signal(signal.SIGINT, before)
+                if caught:
+                    raise KeyboardInterrupt
+                if not under_way:
+                    return
+                task, future = under_way.popleft()
+                yield task, future.result()
+                bar.update(task[0][2] - task[0][1])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def count_tokens(batch):
-    return Counter(token for _, record in batch for token in encoding.encode_ordinary(record["story"]))
+def kept(block, fates):
+    """(split, record) of the stories of a block that stay, repaired, and with instructions where they are wanted."""
+    for record, split in zip(read_block(*block), fates):
+        if split in ("train", "val"):
+            if settings.clean:
+                record["story"] = repair(record["story"])
+            yield split, instruct(record, split, settings.hold_out, settings.seed) if settings.instruct else record
 
 
-def encode(batch):
-    """ids and labels (uint16, one a token, each story after its <|endoftext|>), bytes of text, sum of bits."""
-    ids, labels, size, bits = [], [], 0, 0.0
-    for split, record in batch:
-        tokens = encoding.encode_ordinary(record["story"])
-        ids += [encoding.eot_token] + tokens
-        size += len(record["story"].encode())
-        bits += record.get("bits", float("nan"))
+def count(block, fates):
+    """How often each token, or where there is no tokenizer each word, in bytes, occurs in a block's train stories."""
+    found, words = Counter(), Counter()
+    for split, record in kept(block, fates):
+        if split == "train":
+            found.update(encoding.encode_ordinary(record["story"]) if encoding else PIECES.findall(record["story"]))
+    if encoding:
+        return found
+    for piece, n in found.items():
+        for word in WORDS.findall(piece):
+            words[word.encode()] += n
+    return words
+
+
+def encode(block, fates):
+    """{split: (ids, labels, sums)} of a block's stories, each after its <|endoftext|>: ids, and for val a label for
+    each, as bytes of uint16; sums is a Counter of stories, tokens, bytes, bits and labels."""
+    found = {}
+    for split, record in kept(block, fates):
+        story, spans, tokens = record["story"], record.get("spans") or (), encoding.encode_ordinary(record["story"])
+        ids, labels, sums = found.setdefault(split, (bytearray(), bytearray(), Counter()))
+        ids += np.array([encoding.eot_token, *tokens], "<u2").tobytes()
         if split == "val":
-            labels += [0] + label_tokens(record["story"], tokens, record.get("spans") or ())
-    return np.array(ids, "<u2"), np.array(labels, "<u2"), size, bits
+            labels += bytes(2) + label_tokens(story, tokens, spans).tobytes()
+        sums.update(stories=1, tokens=1 + len(tokens), bytes=len(story.encode()), labels=len(spans),
+                    bits=record.get("bits", math.nan))
+    return found
 
 
 def label_tokens(story, tokens, spans):
     """The skill (index into SKILLS) of each token: that of the span which one of its bytes lies in, else 0."""
-    labels = [0] * len(tokens)
-    if spans:
-        ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
-        for span in spans:
-            if span["skill"] not in SKILLS[1:]:
-                sys.exit(f"a span has the skill {span['skill']!r}: known are {', '.join(SKILLS[1:])}")
-            start, end = (len(story[:span[side]].encode()) for side in ("start", "end"))
-            for i in range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, end, "left") + 1):
-                labels[i] = SKILLS.index(span["skill"])
+    labels = np.zeros(len(tokens), "<u2")
+    ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens]) if spans else ()
+    for span in spans:
+        if span["skill"] not in SKILLS[1:]:
+            sys.exit(f"a span has the skill {span['skill']!r}: known are {', '.join(SKILLS[1:])}")
+        start, end = (len(story[:span[side]].encode()) for side in ("start", "end"))
+        labels[np.searchsorted(ends, start, "right"):np.searchsorted(ends, end) + 1] = SKILLS.index(span["skill"])
     return labels
-
-
-def run_workers(function, corpus, ranks=None):
-    """Yield (split, number of stories, function(batch)) in order; few batches are under way, so memory stays flat."""
-    def batches():
-        batch, size = [], 0
-        for item in corpus:
-            if batch and (size > 500_000 or item[0] != batch[0][0]):
-                yield batch
-                batch, size = [], 0
-            batch.append(item)
-            size += len(item[1]["story"])
-        if batch:
-            yield batch
-
-    with ProcessPoolExecutor(initializer=start_worker, initargs=(ranks,)) as pool:
-        under_way = deque()
-        try:
-            for batch in batches():
-                under_way.append((batch[0][0], len(batch), pool.submit(function, batch)))
-                if len(under_way) > 2 * os.cpu_count():
-                    split, n, future = under_way.popleft()
-                    yield split, n, future.result()
-            for split, n, future in under_way:
-                yield split, n, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # the stage
 
 
+def find_sources(args, folder):
+    """The files that --dataset and --input name; those of TinyStories are downloaded where they are missing."""
+    if args.dataset == "tinystories" and not args.input:
+        for name in VERSIONS[args.version]:
+            if not os.path.exists(f"{folder}/{name}"):
+                download(f"{args.url}/{name}", f"{folder}/{name}")
+        return [(f"{folder}/{name}", split) for name, split in zip(VERSIONS[args.version], ("train", "val"))]
+    return find_files(args.input or folder) or sys.exit(f"no .txt or .jsonl file in {args.input or folder}: " + (
+        "run python world.py" if args.dataset == "world" else
+        f"put stories there, name them with --input=FILE, or write some: python generate.py --name={args.dataset}"))
+
+
+def make_ranks(plan, args):
+    """The ranks that --tokenizer asks for, and for gpt2 the share of its tokens that stay whole."""
+    if args.tokenizer not in ("bpe", "gpt2"):
+        return load_ranks(args.tokenizer), None
+    gpt2, used = None, Counter()
+    if args.tokenizer == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except OSError as e:  # requests' errors are OSErrors
+            sys.exit(f"tiktoken cannot fetch GPT-2's tokenizer ({type(e).__name__}): go online, or --tokenizer=bpe")
+    for _, found in run_workers(count, plan, "counting", args, gpt2):
+        used.update(found)
+    if not gpt2:
+        return train_bpe(used, args.vocab_size), None
+    ranks = trim_bpe(gpt2, used, args.vocab_size)
+    return ranks, sum(used[gpt2[token]] for token in ranks) / max(1, used.total())
+
+
 def prepare(args):
     """Read, clean, tokenize and write one dataset, as `args` (the command line's) say; returns its meta."""
-    folder = os.path.join("data", args.dataset)
-    source = args.input or folder
-    if args.dataset == "tinystories" and not args.input:
-        paths = [os.path.join(folder, name) for name in VERSIONS[args.version]]
-        for path in paths:
-            if not os.path.exists(path):
-                download(f"{args.url}/{os.path.basename(path)}", path)
-        files = [file for path in paths for file in find_files(path)]
-    else:
-        files = find_files(source)
-    if not files:
-        sys.exit(f"no .txt or .jsonl file in {source}: " + (
-            "run python world.py" if args.dataset == "world" else
-            f"put stories there, name them with --input=FILE, or write some: python generate.py --name={args.dataset}"))
-    os.makedirs(folder, exist_ok=True)
-    started, counts, hold_out = time.time(), Counter(), [f for f in args.hold_out.split("+") if f]
-    if not set(hold_out) <= set(INSTRUCTIONS):
-        sys.exit(f"--hold_out={args.hold_out} names other fields than {'+'.join(INSTRUCTIONS)}")
-
-    def corpus(title, counts):
-        for split, record in read_corpus(files, args, counts, title):
-            yield split, instruct(record, split, hold_out, args.seed) if args.instruct else record
-
-    coverage = None
-    if args.tokenizer == "bpe":
-        words = Counter()
-        for split, _, found in run_workers(count_words, corpus("counting words", Counter())):
-            if split == "train":
-                words.update(found)
-        ranks = train_bpe({word.encode(): n for word, n in words.items()}, args.vocab_size)
-    elif args.tokenizer == "gpt2":
-        gpt2 = load_gpt2()
-        used = Counter()
-        for split, _, found in run_workers(count_tokens, corpus("counting tokens", Counter()), gpt2):
-            if split == "train":
-                used.update(found)
-        ranks = trim_bpe(gpt2, used, args.vocab_size)
-        coverage = sum(used[gpt2[token]] for token in ranks) / max(1, used.total())
-    else:
-        ranks = load_ranks(args.tokenizer)
+    started, folder = time.time(), f"data/{args.dataset}"
+    files = find_sources(args, folder)
+    plan, counts = choose(files, args)
+    ranks, coverage = make_ranks(plan, args)
     if len(ranks) + 1 > 65_535:
         sys.exit(f"a vocabulary of {len(ranks) + 1} does not fit into uint16: choose --vocab_size=65535 or less")
 
-    outputs = ("train.bin", "val.bin", "val.skills.bin", "tokenizer.tiktoken", "meta.json")
-    temporary = {name: os.path.join(folder, name + ".tmp") for name in outputs}
-    meta = {"dataset": args.dataset, "vocab_size": len(ranks) + 1, "eot": len(ranks)}
-    hashes = {split: hashlib.sha256() for split in ("train", "val")}
-    stats = {split: Counter() for split in hashes}
-    labelled = False
-    with open(temporary["train.bin"], "wb") as train, open(temporary["val.bin"], "wb") as val, \
-            open(temporary["val.skills.bin"], "wb") as skills:
-        bins = {"train": train, "val": val}
-        def write(split, ids):
-            bins[split].write(ids.tobytes())
-            hashes[split].update(ids.tobytes())
-            stats[split]["tokens"] += len(ids)
-        for split, n, (ids, labels, size, bits) in run_workers(encode, corpus("encoding", counts), ranks):
-            write(split, ids)
-            stats[split].update(stories=n, bytes=size, bits=bits)
-            skills.write(labels.tobytes())
-            labelled |= bool(labels.any())
-        for split in bins:
-            write(split, np.array([meta["eot"]], "<u2"))
-        skills.write(np.zeros(1, "<u2").tobytes())
-    for split in stats:
-        if not stats[split]["stories"]:
-            sys.exit(f"no story for {split} in {source} ({sum(counts.values()):,} were removed by cleaning): " + (
-                "raise --val_fraction" if split == "val" else "give more stories, or --clean=False"))
-        meta[split] = {**{name: stats[split][name] for name in ("stories", "tokens", "bytes")},
-                       "sha256": hashes[split].hexdigest()}
-        if stats[split]["bits"] > 0:  # known for every story
-            meta[split]["bits_per_byte"] = stats[split]["bits"] / stats[split]["bytes"]
-    with open(temporary["tokenizer.tiktoken"], "wb") as f:
+    new = f"{folder}/{UNFINISHED}"
+    os.makedirs(new, exist_ok=True)
+    sums = {"train": Counter(tokens=1), "val": Counter(tokens=1)}  # the last <|endoftext|>
+    with open(f"{new}/train.bin", "wb") as train, open(f"{new}/val.bin", "wb") as val, \
+            open(f"{new}/val.skills.bin", "wb") as skills:
+        for _, found in run_workers(encode, plan, "encoding", args, ranks):
+            for split, (ids, labels, more) in found.items():
+                (val if split == "val" else train).write(ids)
+                skills.write(labels)
+                sums[split].update(more)
+        for file, last in (train, len(ranks)), (val, len(ranks)), (skills, 0):
+            file.write(last.to_bytes(2, "little"))
+    with open(f"{new}/tokenizer.tiktoken", "wb") as f:
         f.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    meta["tokenizer"] = {"kind": args.tokenizer, "sha256": file_hash(temporary["tokenizer.tiktoken"])}
-    if coverage:
-        meta["tokenizer"]["coverage"] = coverage
+    meta = {"dataset": args.dataset, "vocab_size": len(ranks) + 1, "eot": len(ranks)}
+    for split in sums:
+        meta[split] = {name: sums[split][name] for name in ("stories", "tokens", "bytes")}
+        meta[split]["sha256"] = file_hash(f"{new}/{split}.bin")
+        if sums[split]["bits"] > 0:  # known for every story
+            meta[split]["bits_per_byte"] = sums[split]["bits"] / sums[split]["bytes"]
+    meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage,
+                         "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
     meta["source"] = [{"file": os.path.basename(path), "bytes": os.path.getsize(path)} for path, _ in files]
-    meta["cleaning"] = dict(counts)
-    meta["instruct"] = args.instruct and {"hold_out": hold_out}
-    with open(temporary["meta.json"], "w") as f:
+    meta["cleaning"] = counts
+    meta["instruct"] = args.instruct and {"hold_out": args.hold_out}
+    with open(f"{new}/meta.json", "w") as f:
         json.dump(meta, f, indent=1)
-    for name in outputs:  # meta.json last: until it stands, readers see that something is missing
-        os.replace(temporary[name], os.path.join(folder, name))
-    if not labelled:
-        os.remove(os.path.join(folder, "val.skills.bin"))
+    for name in ("train.bin", "val.bin", "val.skills.bin", "tokenizer.tiktoken", "meta.json"):
+        os.replace(f"{new}/{name}", f"{folder}/{name}")  # meta.json last: until it stands, readers see what is missing
+    if not sums["val"]["labels"]:
+        os.remove(f"{folder}/val.skills.bin")
+
     for what, n in sorted(counts.items()):
         print(f"  {n:9,} {what}")
-    for split in stats:
-        print(f"{split:5} {meta[split]['stories']:9,} stories {meta[split]['tokens']:13,} tokens "
-              f"{meta[split]['bytes']:13,} bytes, {meta[split]['bytes'] / meta[split]['tokens']:.2f} a token")
+    for split in sums:
+        print("{:5} {stories:9,} stories {tokens:13,} tokens {bytes:13,} bytes, {:.2f} a token".format(
+            split, meta[split]["bytes"] / meta[split]["tokens"], **meta[split]))
     print(f"vocabulary {meta['vocab_size']:,}" + (f", {coverage:.2%} of GPT-2's tokens kept whole" if coverage else "")
           + f"; {folder} is ready after {time.time() - started:.0f} s: python train.py --dataset={args.dataset}")
     return meta
-
-
-def load_gpt2():
-    """GPT-2's ranks {bytes: id}, which tiktoken downloads once and keeps."""
-    try:
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except OSError as e:  # requests' errors are OSErrors
-        sys.exit(f"tiktoken cannot fetch GPT-2's tokenizer ({e.__class__.__name__}): go online once, or --tokenizer=bpe")
 
 
 def file_hash(path):
@@ -567,7 +561,7 @@ def file_hash(path):
 
 def load_ranks(folder):
     """Ranks {bytes: id} of the tokenizer in `folder`, or in data/`folder`."""
-    for path in (os.path.join(folder, "tokenizer.tiktoken"), os.path.join("data", folder, "tokenizer.tiktoken")):
+    for path in (f"{folder}/tokenizer.tiktoken", f"data/{folder}/tokenizer.tiktoken"):
         if os.path.exists(path):
             with open(path, "rb") as f:
                 return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, f)}
@@ -576,20 +570,19 @@ def load_ranks(folder):
 
 def load_tokenizer(dataset):
     """The tiktoken.Encoding of a dataset; its <|endoftext|> is `eot_token`."""
-    return make_encoding(load_ranks(os.path.join("data", dataset)))
+    return make_encoding(load_ranks(f"data/{dataset}"))
 
 
 def load_meta(dataset):
     """meta.json of a dataset, checked against the tokenizer beside it."""
-    folder, again = os.path.join("data", dataset), f"run python prepare.py --dataset={dataset}"
+    tokenizer, again = f"data/{dataset}/tokenizer.tiktoken", f"run python prepare.py --dataset={dataset}"
     try:
-        with open(os.path.join(folder, "meta.json")) as f:
+        with open(f"data/{dataset}/meta.json") as f:
             meta = json.load(f)
     except FileNotFoundError:
-        sys.exit(f"no dataset in {folder}: {again}")
+        sys.exit(f"no dataset in data/{dataset}: {again}")
     except ValueError:
-        sys.exit(f"{folder}/meta.json is not JSON: {again}")
-    tokenizer = os.path.join(folder, "tokenizer.tiktoken")
+        sys.exit(f"data/{dataset}/meta.json is not JSON: {again}")
     if not os.path.exists(tokenizer) or file_hash(tokenizer) != meta["tokenizer"]["sha256"]:
         sys.exit(f"{tokenizer} is not the one that meta.json names: {again}")
     return meta
@@ -597,7 +590,7 @@ def load_meta(dataset):
 
 def load_tokens(dataset, name):
     """The tokens of `name`.bin ("train", "val"; "val.skills" for labels) as a memory-mapped array of uint16."""
-    meta, path = load_meta(dataset), os.path.join("data", dataset, name + ".bin")
+    meta, path = load_meta(dataset), f"data/{dataset}/{name}.bin"
     expected, again = meta[name.split(".")[0]]["tokens"], f"run python prepare.py --dataset={dataset}"
     if not os.path.exists(path):
         sys.exit(f"no {path}: {again}")
@@ -630,10 +623,15 @@ def main(argv=None):
         args.vocab_size = 10_000 if args.tokenizer == "gpt2" else 4096
     if not 257 <= args.vocab_size <= 65_535:
         sys.exit(f"--vocab_size={args.vocab_size} must lie between 257 (single bytes) and 65535 (what uint16 holds)")
+    args.hold_out = [field for field in args.hold_out.split("+") if field]
+    if not set(args.hold_out) <= set(INSTRUCTIONS):
+        sys.exit(f"--hold_out={'+'.join(args.hold_out)} names other fields than {'+'.join(INSTRUCTIONS)}")
     try:
         prepare(args)
     except KeyboardInterrupt:
         sys.exit(f"interrupted: data/{args.dataset} is as it was before; the same command starts again")
+    finally:
+        shutil.rmtree(f"data/{args.dataset}/{UNFINISHED}", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,84 @@ def test_max_stories_keeps_the_first(workplace):
     assert len(read_back("x", "val")) == 10
 
 
+# --- blocks: workers read a file in parts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["\n<|endoftext|>\n", "<|endoftext|>", "\r\n<|endoftext|>\r\n", ".jsonl"])
+def test_no_story_is_cut_wherever_blocks_end(workplace, monkeypatch, ending):
+    """Blocks of any length, which would end amid separators, line ends and characters of many bytes."""
+    stories = ["Zoë 🙂 said:\n“日本”", "One.", "", "a < b <| c |> d", "…\n\nend", "<|endoftex", "last"]
+    path = workplace / ("s.jsonl" if ending == ".jsonl" else "s.txt")
+    if ending == ".jsonl":
+        text = "".join(json.dumps({"story": s}, ensure_ascii=False) + "\n" for s in stories)
+    else:
+        text = ending.join(s.replace("\n", "\r\n") if "\r" in ending else s for s in stories)
+    for whole in (text, "\ufeff" + text, text + ending * (ending != ".jsonl"), text.rstrip()):
+        path.write_bytes(whole.encode())
+        for size in range(1, 40):
+            monkeypatch.setattr(prepare, "BLOCK", size)
+            blocks = list(prepare.cut(str(path)))
+            assert [start for _, start, _ in blocks] + [path.stat().st_size] == [0] + [end for _, _, end in blocks]
+            assert [r["story"] for block in blocks for r in prepare.read_block(*block)] == stories
+        assert len(blocks) > 1
+
+
+def test_an_empty_file_has_no_stories(workplace):
+    for name in ("s.txt", "s.jsonl"):
+        (workplace / name).write_bytes(b"")
+        assert list(prepare.read_records(name)) == []
+
+
+def test_bins_do_not_depend_on_blocks_and_workers(workplace, monkeypatch):
+    stories = make_stories(200)
+    write_jsonl(workplace / "s.jsonl", stories + stories[50:60] + [{**stories[3], "split": "val"}])
+    options = ["--input=s.jsonl", "--val_fraction=0.2", "--vocab_size=600", "--instruct"]
+    prepare.main(["--dataset=whole"] + options)
+    monkeypatch.setattr(prepare, "BLOCK", 1000)
+    for name, workers in (("one", 1), ("many", 5)):
+        monkeypatch.setattr(os, "cpu_count", lambda: workers)
+        prepare.main([f"--dataset={name}"] + options)
+        for part in ("train", "val", "val.skills"):
+            assert np.array_equal(prepare.load_tokens(name, part), prepare.load_tokens("whole", part))
+        assert prepare.load_meta(name) == {**prepare.load_meta("whole"), "dataset": name}
+
+
+def test_bins_are_what_the_tokenizer_makes_of_each_story_alone(in_prepared):
+    encoding, tokens = prepare.load_tokenizer("tiny"), prepare.load_tokens("tiny", "train")
+    stories = read_back("tiny", "train")
+    expected = [token for story in stories for token in [encoding.eot_token] + encoding.encode_ordinary(story)]
+    assert tokens.tolist() == expected + [encoding.eot_token]
+
+
+def test_words_are_counted_in_pieces_as_in_the_whole(workplace):
+    """The faster way, in two steps, finds GPT-2's words, white space of all kinds included."""
+    draw = random.Random(2)
+    for _ in range(2000):
+        kinds = ["a", "Don't", "12", ".", "’s", " ", "  ", "\n", "\t", "\r\n", "\xa0", "\u3000", "日"]
+        text = "".join(draw.choices(kinds, k=draw.randrange(20)))
+        pieces = prepare.PIECES.findall(text)
+        assert [word for piece in pieces for word in prepare.WORDS.findall(piece)] == prepare.WORDS.findall(text)
+
+
+def test_max_stories_leaves_val_alone(workplace):
+    write_jsonl(workplace / "s.jsonl", make_stories(200))
+    for name, more in (("all", []), ("few", ["--max_stories=5"])):
+        prepare.main([f"--dataset={name}", "--input=s.jsonl", "--val_fraction=0.2"] + more)
+    assert len(read_back("few", "train")) == 5
+    assert read_back("few", "val") == read_back("all", "val")
+
+
+def test_a_misread_copy_stays_on_its_side(workplace):
+    """It is repaired before its side is drawn, so it is a copy in its own split and not one in both."""
+    stories = [r["story"] for r in make_stories(60)]
+    misread = [s.replace("“", "â€œ").replace("”", "â€\x9d") for s in stories]
+    write_jsonl(workplace / "s.jsonl", [{"story": s} for s in stories + misread])
+    prepare.main(["--dataset=x", "--input=s.jsonl", "--val_fraction=0.5"])
+    cleaning = prepare.load_meta("x")["cleaning"]
+    assert "in train and in val: removed" not in cleaning
+    assert cleaning["copies in train: removed"] + cleaning["copies in val: removed"] == 60
+
+
 # --- cleaning -----------------------------------------------------------------------------------------------------
 
 
@@ -263,11 +341,11 @@ def test_ctrl_c_ends_in_one_line(workplace):
     write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
     process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True, text=True,
                                stderr=subprocess.PIPE)
-    while process.poll() is None and not os.path.exists("data/x/train.bin.tmp"):
+    while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate()[1] == "interrupted: data/x is as it was before; the same command starts again\n"
-    assert process.returncode == 1
+    assert process.communicate(timeout=120)[1] == "interrupted: data/x is as it was before; the same command starts again\n"
+    assert process.returncode == 1 and os.listdir("data/x") == ["s.jsonl"]
 
 
 def test_labels_of_an_earlier_run_do_not_stay(workplace):
@@ -285,7 +363,7 @@ def test_a_killed_run_leaves_the_earlier_bins(workplace):
     before = read_back("x", "train")
     write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
     process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True)
-    while process.poll() is None and not os.path.exists("data/x/train.bin.tmp"):
+    while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -309,15 +387,12 @@ def server():
             start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
             start = 0 if fault == "ignores Range" else start
             if start >= len(FILE):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(FILE) + 50 * (fault == 'claims more')}")
-                return self.end_headers()
-            body = FILE[start:]
-            claimed = len(body) + 50 * (fault == "claims more")
+                return self.send_error(416)
+            body, total = FILE[start:], len(FILE) + 50 * (fault == "claims more")
             self.send_response(206 if start else 200)
             if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")
-            self.send_header("Content-Length", str(claimed))
+                self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+            self.send_header("Content-Length", str(total - start))
             self.end_headers()
             self.wfile.write(body[:len(body) // 2] if fault == "breaks off" else body)
 
@@ -341,15 +416,18 @@ def fetch(server, path):
 def test_download_goes_on_where_it_broke_off(server, tmp_path):
     server.faults += ["breaks off", "breaks off", 503, 503]
     assert fetch(server, tmp_path / "f") == FILE
-    assert server.ranges == [None, "bytes=150000-"] + 3 * ["bytes=225000-"]
+    starts = [int(sent[6:-1]) for sent in server.ranges]
+    assert starts[0] == 0 < starts[1] < starts[2] == starts[3] == starts[4]  # a 503 brings nothing
 
 
 def test_download_goes_on_after_an_earlier_run(server, tmp_path):
     (tmp_path / "f.part").write_bytes(FILE[:1000])
     assert fetch(server, tmp_path / "f") == FILE
-    assert server.ranges == ["bytes=1000-"]
+    assert server.ranges == ["bytes=999-"]
     (tmp_path / "g.part").write_bytes(FILE)  # all there, but not yet renamed
     assert fetch(server, tmp_path / "g") == FILE
+    (tmp_path / "h.part").write_bytes(FILE + b"of another file")
+    assert fetch(server, tmp_path / "h") == FILE
 
 
 def test_download_from_a_server_without_ranges(server, tmp_path):
@@ -385,7 +463,8 @@ def test_tinystories_is_downloaded_and_prepared(workplace, monkeypatch):
     """The whole of --dataset=tinystories, from a server that holds the two files under their published names."""
     for name, stories in zip(prepare.VERSIONS[2], (make_stories(100), make_stories(110)[100:])):
         (workplace / "served").mkdir(exist_ok=True)
-        (workplace / "served" / name).write_text("\n<|endoftext|>\n".join(r["story"] for r in stories), encoding="utf-8")
+        text = "\n<|endoftext|>\n".join(r["story"] for r in stories)
+        (workplace / "served" / name).write_text(text, encoding="utf-8")
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=str(workplace / "served"))

@@ -208,7 +208,8 @@ def test_consequence_follows_from_the_text():
     for told, span, before, right in spans("consequence"):
         plan, morning = before.rsplit("\n", 1)
         rain = bool(re.search("drops on the window|puddles|umbrella|down the glass|coming down", morning))
-        assert rain != bool(re.search("not one cloud|light was so bright|sky was blue|yellow light|street was dry", morning))
+        dry = "not one cloud|light was so bright|sky was blue|yellow light|street was dry"
+        assert rain != bool(re.search(dry, morning))
         clause, day = ("it rains", "rainy") if rain else ("the sun shines", "sunny")
         place = "((?:[a-z]+ )?[a-z]+)"
         found = re.search(rf"if {clause}(?: tomorrow)?, we will go to the {place}[.,]", plan, re.I) \
@@ -244,7 +245,8 @@ def test_exchange_follows_from_the_text():
     """At lunch, each eats what the other brought."""
     solved = 0
     for told, span, before, right in spans("exchange"):
-        lunch = re.search(r"(\w+) had (?:brought )?an? ([a-z]+)(?: for lunch, and|\.| and) (\w+) had an? ([a-z]+)\. [^\n]*?"
+        lunch = re.search(r"(\w+) had (?:brought )?an? ([a-z]+)(?: for lunch, and|\.| and) "
+                          r"(\w+) had an? ([a-z]+)\. [^\n]*?"
                           r"([A-Z]\w+) (?:ate|got to eat|ate was) the $", before)
         if lunch:
             one, ones, other, others, eats = lunch.groups()
