@@ -146,8 +146,8 @@ def make_optimizers(model, args):
     tables = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     fused = model.head.weight.device.type == "cuda"
     if args.optimizer == "adamw":
-        return [torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": tables, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=fused)]
+        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": tables, "weight_decay": 0.0}]
+        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
     return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
             torch.optim.AdamW(tables, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99), fused=fused)]
 
@@ -184,7 +184,7 @@ def save(checkpoint, path):
     except (OSError, RuntimeError) as e:  # torch turns a full disk into the latter
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        sys.exit(f"cannot write {path} ({e}); the last checkpoint stays: make room, then the same command with --resume")
+        sys.exit(f"cannot write {path} ({e}); the last checkpoint stays: make room, then the same command and --resume")
     os.replace(path + ".tmp", path)
 
 
@@ -233,8 +233,8 @@ def main(argv=None):
     rows = args.batch_tokens // args.block_size
     batch = min(args.batch_size, rows // processes)
     if not batch or rows % (batch * processes):
-        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which {processes} "
-                 f"process(es) cannot share in turns of --batch_size={batch}: choose multiples")
+        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which "
+                 f"{processes} process(es) cannot share in turns of --batch_size={batch}: choose multiples")
     accumulate = rows // (batch * processes)
     step_tokens = rows * args.block_size
     epoch_tokens = sum(len(tokens) for tokens in data)
@@ -426,17 +426,17 @@ def main(argv=None):
             losses, pending = losses.tolist(), []
             if not all(map(math.isfinite, losses)):
                 bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-                sys.exit(f"the loss is {losses[bad]} at step {step - len(losses) + bad + 1}; the last checkpoint stays: "
-                         f"try a lower --lr than {args.lr:g}, a longer --warmup, or --dtype=float32")
+                sys.exit(f"the loss is {losses[bad]} at step {step - len(losses) + bad + 1}; the last checkpoint "
+                         f"stays: try a lower --lr than {args.lr:g}, a longer --warmup, or --dtype=float32")
             speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - seconds_before - aside)
             if step % args.log_interval == 0 or due or progress >= 1:
-                write_log(train_loss=losses[-1], lr=groups[0]["lr"], grad_norm=norm.item() if norm.isfinite() else None,
-                          tokens_per_second=round(speed),
-                          **({"mfu": round(speed * flops / peak / processes, 4)} if peak else {}))
+                mfu = {"mfu": round(speed * flops / peak / processes, 4)} if peak else {}
+                write_log(train_loss=losses[-1], lr=groups[0]["lr"], tokens_per_second=round(speed), **mfu,
+                          grad_norm=norm.item() if norm.isfinite() else None)
             bar.set_postfix_str(f", loss {losses[-1]:.3f}, {speed:,.0f} tok/s", refresh=False)
             if bar.disable and step - first_step < 3 * args.log_interval:
-                left = seconds * (1 / progress - 1)
-                say(f"step {step}: train loss {losses[-1]:.3f}, {speed:,.0f} tokens/s, about {left / 60:.1f} minutes left")
+                left = seconds * (1 / progress - 1) / 60
+                say(f"step {step}: train loss {losses[-1]:.3f}, {speed:,.0f} tokens/s, about {left:.1f} minutes left")
         bar.update((seconds if args.max_minutes else step) - bar.n)
         if master and args.keep == "log" and step & (step - 1) == 0:
             save(weights(), os.path.join(out_dir, f"ckpt-{step:07d}.pt"))
@@ -477,11 +477,13 @@ def main(argv=None):
             if floor and len(mix) == 1:
                 result["floor_bpb"] = floor  # of a world whose choices are known
             summary = {**{key: f"{value:.4f}" for key, value in result.items()}, "train_loss": f"{losses[-1]:.4f}",
-                       "steps": step, "tokens": step * step_tokens, "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
+                       "steps": step, "tokens": step * step_tokens,
+                       "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
                        "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds + compile_seconds:.1f}",
                        "tokens_per_second": round(speed), "parameters": model.num_params(),
                        "peak_memory_mb": memory >> 20, "out_dir": out_dir}
-            for i, ids in enumerate(tell(model, encoding, "", 500, range(args.seed, args.seed + 3), temperature=0.8), 1):
+            seeds = range(args.seed, args.seed + 3)
+            for i, ids in enumerate(tell(model, encoding, "", 500, seeds, temperature=0.8), 1):
                 print(f"\nStory {i}:\n{encoding.decode(ids)}")
             print("\n" + "\n".join(f"{key + ':':20}{value}" for key, value in summary.items()))
     if processes > 1:
