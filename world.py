@@ -225,12 +225,10 @@ class Tale:
         self.names = self.pair(len(LISTS["animal names" if self.animals else "names"]))
         for role, k in zip("ab", self.names):
             self.friend(role, k)
-        if self.animals:
-            he, title = self.choose((("she", "Mama"), ("he", "Papa")))
-            self.roles["g"] = person(f"{title} {self.roles['a'].forms['kind'].title()}", "parent", he)
-        else:
-            name = self.choose(LISTS["grownups"])
-            self.roles["g"] = person(name, "parent", "she" if name in ("Mom", "Grandma") else "he")
+        he = self.choose(("she", "he"))
+        name = self.choose(WORDS["elders" if self.animals else "grownups"][he])
+        name += f" {self.roles['a'].forms['kind'].title()}" if self.animals else ""
+        self.roles["g"] = person(name, "parent", he)
 
     # steps that act: they change the state, and nobody can give what is not theirs
 
@@ -349,7 +347,7 @@ class Tale:
         if entity.he and entity not in named:
             named.append(entity)
         elif entity.kind in CLASS_OF:
-            self.used["nouns"].append(name)
+            self.used[CLASS_OF[entity.kind]].append(name)
         if kind:
             other = self.player(rival)
             right, wrong = self.seen.get(name, (0, 0)), self.seen.get(other.forms[""])
@@ -381,12 +379,13 @@ def tell(rng, facts=1.0, reasoning=1.0):
     if omen:
         t.render(t.choose(omen[0]))
     t.say("scene?", "/")
-    if t.roles["b"].forms[""] in t.seen and t.feature("conflict", 0.1):
-        t.say("quarrel", "/")
+    met = t.roles["b"].forms[""] in t.seen      # else b comes later, and nothing before that can be about b
+    if t.feature("conflict", 0.1):
+        t.say("quarrel" if met else "quarrel-home", "/")
     for _ in range(int(0.4 * facts) + t.chance(0.4 * facts % 1)):
         t.fact()
     for _ in range(int(0.6 * reasoning) + t.chance(0.6 * reasoning % 1)):
-        aside = ASIDES[t.choose(list(ASIDES))]
+        aside = ASIDES[t.choose([name for name, aside in ASIDES.items() if met or "alone" in aside])]
         t.lines = aside[tone]
         t.act(aside["plot"])
     t.lines = PLOTS[t.plot][tone]
@@ -402,7 +401,7 @@ def tell(rng, facts=1.0, reasoning=1.0):
             t.render(t.choose(omen[1]))
         t.say("/", "good-end")
     if t.feature("moral value", 0.3):
-        t.say("moral")
+        t.say("bad-moral" if t.bad else "moral")
     return t
 
 
