@@ -25,7 +25,7 @@ import time
 
 from tqdm import tqdm
 
-from prepare import Parser
+from prepare import Parser, start
 
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "words.json"), encoding="utf-8") as file:
     WORDS = json.load(file)
@@ -483,17 +483,17 @@ def main(argv=None):
                  "try python world.py --n=1000")
     used = ("min_vars", "max_vars") if args.kind == "lego" else ("facts", "reasoning")
     settings = {setting: getattr(args, setting) for setting in used}
-    start = time.time()
+    begun = time.time()
     try:
         path, total = write(args.n, args.seed, args.name or args.kind, args.kind, **settings)
     except KeyboardInterrupt:
         sys.exit("stopped before the end: nothing is changed; run the same command again, perhaps with a smaller --n")
     print(f"{path}: {total['stories']:,} stories ({total['val']:,} for val), {total['bytes'] / 1e6:.1f} MB of text, "
-          f"{total['words'] / args.n:.0f} words a story, {args.n / (time.time() - start):,.0f} stories/s")
+          f"{total['words'] / args.n:.0f} words a story, {args.n / (time.time() - begun):,.0f} stories/s")
     print(f"bits per byte: {total['bits'] / total['bytes']:.4f}, what all choices cost: the loss of a perfect model")
     print("spans per 100 words: " + ", ".join(f"{skill} {100 * total[skill] / total['words']:.2f}" for skill in
                                               ("grammar", "fact", "context", "reasoning")))
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

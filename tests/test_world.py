@@ -39,7 +39,7 @@ def test_story_i_depends_on_seed_and_i_alone():
 def test_stories_are_varied():
     stories = [told["story"] for told in SAMPLE]
     assert len({prepare.fingerprint(story) for story in stories}) > 0.999 * len(stories)
-    openings = collections.Counter(re.split(r"(?<=[.!?]) ", story)[0] for story in stories)
+    openings = collections.Counter(re.split(r"(?<=[.!?])\"?\s", story)[0] for story in stories)
     assert openings.most_common(1)[0][1] < 0.01 * len(stories)
     assert sum("Once upon a time" in story for story in stories) < 0.25 * len(stories)
     assert len({word for story in stories for word in re.findall("[a-z]+", story.lower())}) >= 1200
