@@ -438,7 +438,7 @@ def start(server, *options, **more):
 
 @pytest.mark.parametrize("log", [{}, {"OPENAI_LOG": "debug"}])
 def test_the_key_is_nowhere(log):
-    """Not on the terminal, and (see `workplace`) in no file, whatever happens, and even where the server repeats it."""
+    """Not on the terminal, and (see `workplace`) in no file, even where the server repeats it."""
     happens = iter([None, answer("No."), (500, {}, f"<html>{KEY}</html>"), (200, {}, f'{{"error": "{KEY}"'), None,
                     fault(401, f"Incorrect API key provided: {KEY}")])
     with Server(lambda prompt, times: next(happens)) as server:
