@@ -10,6 +10,7 @@ import re
 import sys
 import zlib
 from collections import Counter
+from html import escape
 
 import numpy as np
 import torch
@@ -184,6 +185,91 @@ def compare_stories(paths):
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for name, *cells in table:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# charts: inline SVG in one page that fetches nothing, needs no script, and follows the reader's light or dark
+
+STYLE = """:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #d8d8d8; --c0: #0b62b0; --c1: #c2500a;
+--c2: #1a7f4b; --c3: #a2347f; --c4: #6d5a00; --c5: #0b7d8c; --c6: #b3262e; --c7: #5b4bb5 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --faint: #444; --c0: #6cb6ff; --c1: #ff9d57;
+--c2: #5fd08f; --c3: #f08cd0; --c4: #e0c94a; --c5: #56d3e0; --c6: #ff8a8a; --c7: #b4a7ff } }
+body { margin: 0 auto; max-width: 68rem; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif;
+color: var(--ink); background: var(--paper) }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem 2rem }
+figure { margin: 0 } figcaption { font-weight: 600 } svg { display: block; width: 100% } svg text { fill: var(--ink) }
+.legend { font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 1rem } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums } td, th { padding: .2rem .6rem;
+text-align: right; border-bottom: 1px solid var(--faint) } th:first-child, td:first-child { text-align: left }"""
+
+
+def page(title, body):
+    """A page of HTML around a body of HTML; the title is escaped here."""
+    return (f"<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" "
+            f"content=\"width=device-width, initial-scale=1\">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n"
+            f"<h1>{escape(title)}</h1>\n{body}\n</html>\n")
+
+
+def ticks(low, high, log):
+    """Four or so round numbers between low and high: steps of 1, 2 or 5 times a power of ten."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        few = high / low < 50
+        return [m * 10.0 ** e for e in powers for m in ((1, 2, 5) if few else (1,)) if low <= m * 10.0 ** e <= high]
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value):
+    """1500000 as 1.5M."""
+    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
+    return f"{value / scale:.4g}{unit}"
+
+
+def chart(title, x_label, y_label, series, log_x=False, lines=True):
+    """HTML of a figure with a line or dots a series: {name: [(x, y)]}, or [(x, low, y, high)] with intervals.
+
+    Text is escaped; where no series has a point, "" comes back."""
+    series = {name: sorted((p if len(p) == 4 else (p[0], p[1], p[1], p[1])) for p in points
+                           if not log_x or p[0] > 0) for name, points in series.items()}
+    points = [p for some in series.values() for p in some]
+    if not points:
+        return ""
+    at = math.log10 if log_x else float
+    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    x0, x1 = (x0 / 1.1, x1 * 1.1) if log_x else (x0, x1) if x0 < x1 else (x0 - 1, x1 + 1)
+    y0, y1 = min(p[1] for p in points), max(p[3] for p in points)
+    room = 0.05 * (y1 - y0) or 0.1 * abs(y1) or 1
+    y0, y1 = y0 - room, y1 + room
+    def x_of(x):
+        return round(48 + 362 * (at(x) - at(x0)) / (at(x1) - at(x0)), 1)
+    def y_of(y):
+        return round(240 - 220 * (y - y0) / (y1 - y0), 1)
+    out = [f"<figure><figcaption>{escape(title)}</figcaption><svg viewBox=\"0 0 420 284\" font-size=\"12\" role=\"img\" "
+           f"aria-label=\"{escape(title)}\">"]
+    for t in ticks(y0, y1, False):
+        out.append(f"<path d=\"M48 {y_of(t)}H410\" stroke=\"var(--faint)\"/><text x=\"43\" y=\"{y_of(t) + 4}\" "
+                   f"text-anchor=\"end\">{short(round(t, 9))}</text>")
+    for t in ticks(x0, x1, log_x):
+        out.append(f"<path d=\"M{x_of(t)} 240v5\" stroke=\"var(--ink)\"/><text x=\"{x_of(t)}\" y=\"258\" "
+                   f"text-anchor=\"middle\">{short(round(t, 9))}</text>")
+    out.append(f"<path d=\"M48 240H410\" stroke=\"var(--ink)\"/><text x=\"410\" y=\"277\" text-anchor=\"end\">"
+               f"{escape(x_label)}</text><text x=\"5\" y=\"12\">{escape(y_label)}</text>")
+    legend = []
+    for i, (name, some) in enumerate(series.items()):
+        colour = f"var(--c{i % 8})"
+        dashes = f" stroke-dasharray=\"{4 * (i // 8)} 3\"" if i >= 8 else ""
+        legend.append(f"<span><span style=\"color: {colour}\">●</span> {escape(name)}</span>")
+        if lines:
+            path = "L".join(f"{x_of(x)} {y_of(y)}" for x, _, y, _ in some)
+            out.append(f"<path d=\"M{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.8\"{dashes}/>")
+        if not lines or len(some) <= 40:  # a log of a thousand points is a line alone
+            for x, low, y, high in some:
+                out.append(f"<g stroke=\"{colour}\" fill=\"{colour}\"><title>{escape(name)}: {x:,g}, {y:.4g}</title>"
+                           + f"<path d=\"M{x_of(x)} {y_of(low)}V{y_of(high)}\"/>" * (low < high)
+                           + f"<circle cx=\"{x_of(x)}\" cy=\"{y_of(y)}\" r=\"2.5\"/></g>")
+    return "".join(out) + f"</svg><div class=\"legend\">{' '.join(legend)}</div></figure>\n"
 
 
 def main(argv=None):
