@@ -1,24 +1,57 @@
-"""Measure models and corpora: bits per byte on validation stories, accuracy on each skill, diversity of stories.
+"""Measure what models can do, and how diverse corpora are.
 
-    python eval.py                                  the newest run
-    python eval.py out/a out/b                      several
+    python eval.py                                  the newest run: loss, probes, completions, memorisation
+    python eval.py out/a out/b                      several side by side, and charts in out/compare.html
+    python eval.py out/a --only=loss,probes         some sections; what eval.json holds of the others stays
+    python eval.py out/a --judge=gpt-4o-mini        marks by a large model, as in the paper
+    python eval.py hf:roneneldan/TinyStories-33M --dataset=tinystories      somebody else's model, or hf:FOLDER
     python eval.py --stories a.jsonl b.txt          files of stories, side by side
+
+Every figure comes with the 95 % interval of a bootstrap over stories, probes or prompts, and goes to out/<run>/eval.json.
 """
+import asyncio
+import glob
+import hashlib
+import json
 import math
 import os
+import random
 import re
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from html import escape
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import find_run, load_model, pick_device
-from prepare import (SKILLS, Parser, find_files, fingerprint, load_meta, load_tokenizer, load_tokens,
-                     read_records, start)
+from prepare import (SKILLS, Parser, file_hash, find_files, fingerprint, load_meta, load_ranks, load_tokenizer,
+                     load_tokens, make_encoding, read_records, start)
+from sample import generate
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
+
+
+def interval(top, bottom=None, draws=1000):
+    """[sum(top) / sum(bottom), low, high]: a ratio, or a mean where `bottom` is None, with its 95 % interval.
+
+    top, bottom: (N,), one number for each story, probe or prompt; of these N as many are drawn again, with replacement
+    (the percentile bootstrap, Efron 1979). The draws are the same whenever N is."""
+    top, bottom = np.asarray(top, float), np.ones(len(top)) if bottom is None else np.asarray(bottom, float)
+    draw, ratios = np.random.default_rng(0), []
+    for _ in range(draws):
+        pick = draw.integers(0, len(top), len(top))
+        if below := bottom[pick].sum():
+            ratios.append(top[pick].sum() / below)
+    return [float(top.sum() / bottom.sum()), *np.quantile(ratios, (0.025, 0.975)).tolist()]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# loss
 
 
 def windows(tokens, eot, block_size):
@@ -42,6 +75,7 @@ def score(model, tokens, eot, batch_tokens=4096, title="evaluating"):
     Deterministic. Windows of like length go into one batch of about `batch_tokens`, padded at the end, where causal
     attention keeps the padding from being seen."""
     device = model.head.weight.device
+    batch_tokens = min(batch_tokens, 2**25 // model.config.vocab_size)  # no more than 128 MB of logits
     nats = np.zeros(len(tokens), np.float32)
     cuts = sorted(windows(tokens, eot, model.config.block_size), key=lambda cut: cut[1])
     training = model.training
@@ -76,44 +110,569 @@ def evaluate(model, dataset, max_stories=None):
     return {"val_loss": nats / (len(tokens) - 1), "val_bpb": nats / size / math.log(2)}
 
 
-def read_spans(dataset, per_skill):
-    """{skill: [(text before, next word, right word, wrong word)]} of the first stories whose `split` is val. With the
-    word that follows, "jump" and "jumped" both cost what it takes to end there."""
-    found = {skill: [] for skill in SKILLS[1:]}
-    for path, _ in find_files(os.path.join("data", dataset)):
+def split_stories(tokens, eot):
+    """The tokens of each story, without <|endoftext|>."""
+    return [part[1:] for part in np.split(tokens, np.flatnonzero(tokens == eot))[1:-1]]
+
+
+def loss(subject, dataset):
+    """What all validation stories cost; where their words are labelled, what those of each skill cost, and how much of
+    the text and of the loss they are: that shows how little the mean loss sees of a rare skill."""
+    meta, tokens, encoding = load_meta(dataset), np.asarray(load_tokens(dataset, "val")), load_tokenizer(dataset)
+    stories = [encoding.decode(part.tolist()) for part in split_stories(tokens, meta["eot"])]
+    own, eot = subject.tokenizer == meta["tokenizer"]["sha256"], subject.encoding.eot_token
+    if not own:
+        tokens = np.array([t for story in stories for t in [eot] + subject.encoding.encode_ordinary(story)] + [eot])
+    nats = score(subject.model, tokens, eot, title=f"loss on {dataset}").astype(float)
+    starts = np.flatnonzero(tokens == eot)[:-1] + 1  # a story's cost: from its first token to the next <|endoftext|>
+
+    def sums(values):
+        return np.add.reduceat(values.astype(float), starts)
+
+    lengths = sums(np.ones(len(tokens)))
+    figures = {"val_bpb": interval(sums(nats) / math.log(2), [len(story.encode()) for story in stories]),
+               "val_loss": interval(sums(nats), lengths), "stories": len(stories),
+               "longer than the context": int((lengths > subject.model.config.block_size).sum())}
+    if "bits_per_byte" in meta["val"]:
+        figures["val_bpb of the world's own choices"] = meta["val"]["bits_per_byte"]
+    if own and os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
+        labels = np.asarray(load_tokens(dataset, "val.skills"))
+        space = np.array([encoding.decode_single_token_bytes(t)[:1] == b" " for t in range(meta["vocab_size"])])
+        begins = space[tokens] | np.append(False, labels[1:] != labels[:-1])  # where a word does
+        for i, skill in enumerate(SKILLS):
+            marked = labels == i
+            if (words := sums(marked & begins)).sum():
+                name = skill if i else "all other"
+                figures[f"{name} words, nats each"] = interval(sums(nats * marked), words)
+                figures[f"{name} words, share of text"] = interval(sums(marked), lengths)
+                figures[f"{name} words, share of loss"] = interval(sums(nats * marked), sums(nats))
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# probes: right and wrong ways to go on, of which the likelier is taken. A probe is a dict of skill, kind, prompt, right
+# and wrong continuations, and perhaps `after`, the word that follows them.
+
+
+def read_probes(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            probes = json.load(f)
+        for probe in probes:
+            "".join([probe["skill"], probe["kind"], probe["prompt"], probe["right"][0], probe["wrong"][0]])
+        return probes
+    except OSError as e:
+        sys.exit(f"cannot read --probes={path}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, IndexError):
+        sys.exit(f'{path} is not of the form [{{"skill": "fact", "kind": "food", "prompt": "A cow gives us", '
+                 '"right": [" milk"], "wrong": [" eggs", …]}, …]')
+
+
+def read_spans(dataset, most, by="skill"):
+    """The first marked words of validation stories as probes, `most` of each skill or kind. With the word that follows,
+    "jump" and "jumped" both cost what it takes to end there."""
+    found = defaultdict(list)
+    labelled = os.path.exists(os.path.join("data", dataset, "val.skills.bin"))
+    for path, _ in find_files(os.path.join("data", dataset)) if labelled else ():
         if path.endswith(".jsonl"):
             for record in read_records(path):
-                if record.get("split") == "val" and record.get("spans"):
-                    for span in record["spans"]:
+                for span in record.get("spans") or () if record.get("split") == "val" else ():
+                    kind = span.get("kind", span["skill"]) + (f", depth {span['depth']:2}" if "depth" in span else "")
+                    if len(some := found[kind if by == "kind" else span["skill"]]) < most:
                         story, start, end = record["story"], span["start"], span["end"]
-                        found[span["skill"]].append((story[:start], re.match(r"\W*\w*", story[end:])[0],
-                                                     story[start:end], span["wrong"]))
-                    if all(len(spans) >= per_skill for spans in found.values()):
-                        return {skill: spans[:per_skill] for skill, spans in found.items()}
-    return {skill: spans[:per_skill] for skill, spans in found.items() if spans}
+                        some.append({"skill": span["skill"], "kind": kind, "prompt": story[:start],
+                                     "right": [story[start:end]], "wrong": [span["wrong"]],
+                                     "after": re.match(r"\W*\w*", story[end:])[0]})
+    return [probe for some in found.values() for probe in some]
+
+
+def passes(model, encoding, probes, title="probes"):
+    """(N,) True for each probe of which one right continuation is likelier than every wrong one, by the sum of the
+    log-likelihoods of the tokens that follow those which all its continuations begin with."""
+    eot, tokens, parts, ends = encoding.eot_token, [], [], []
+    for probe in probes:
+        rows = [encoding.encode_ordinary(probe["prompt"] + c + probe.get("after", ""))
+                for c in probe["right"] + probe["wrong"]]
+        same = next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
+        for row in rows:
+            cut = max(0, len(row) + 1 - model.config.block_size)  # what the context cannot hold
+            parts.append((len(tokens) + 1 + same - cut, len(tokens) + 1 + len(row) - cut))
+            tokens += [eot] + row[cut:]
+        ends.append(len(parts))
+    nats = score(model, np.array(tokens + [eot]), eot, title=title)
+    costs = np.split([nats[start:end].sum() for start, end in parts], ends[:-1])
+    return np.array([min(cost[:len(p["right"])]) < min(cost[len(p["right"]):]) for cost, p in zip(costs, probes)])
 
 
 def skill_accuracy(model, dataset, per_skill=200):
     """{skill: share} of the marked words of validation stories that the model finds likelier than the tempting wrong
-    ones, by the sum of the log-likelihoods of their tokens; {} where no story carries spans."""
-    spans, encoding = read_spans(dataset, per_skill), load_tokenizer(dataset)
-    if not spans:
+    ones; {} where no story carries spans."""
+    if not (spans := read_spans(dataset, per_skill)):
         return {}
-    eot, tokens, parts = encoding.eot_token, [], []
-    for skill, items in spans.items():
-        for before, after, *words in items:
-            rows = [encoding.encode_ordinary(before + word + after) for word in words]
-            same = next((i for i, (a, b) in enumerate(zip(*rows)) if a != b), min(map(len, rows)))
-            for row in rows:
-                cut = max(0, len(row) + 1 - model.config.block_size)  # what the context cannot hold
-                row = row[cut:]
-                parts.append((len(tokens) + 1 + same - cut, len(tokens) + 1 + len(row)))
-                tokens += [eot] + row
-    nats = score(model, np.array(tokens + [eot], np.uint16), eot, title="skills")
-    costs = np.array([nats[start:end].sum() for start, end in parts]).reshape(-1, 2)  # right, wrong
-    ends = np.cumsum([len(items) for items in spans.values()])
-    return {skill: float((part[:, 0] < part[:, 1]).mean())
-            for skill, part in zip(spans, np.split(costs, ends[:-1]))}
+    right, skills = passes(model, load_tokenizer(dataset), spans, "skills"), np.array([s["skill"] for s in spans])
+    return {skill: float(right[skills == skill].mean()) for skill in SKILLS if skill in skills}
+
+
+def count_phrases(phrases, dataset, most=5_000_000):
+    """How often each phrase stands in a dataset's train text, or in `most` tokens of it, evenly spread."""
+    tokens, encoding, counts = load_tokens(dataset, "train"), load_tokenizer(dataset), Counter()
+    pieces = math.ceil(min(most, len(tokens)) / 50_000)
+    phrases = {phrase.strip().lower() for phrase in phrases}
+    for begin in tqdm(np.linspace(0, max(0, len(tokens) - 50_000), pieces).astype(int), desc="counting words",
+                      leave=False, disable=None):
+        text = encoding.decode(tokens[begin:begin + 50_000].tolist()).lower()
+        words = Counter(re.findall(r"[^\W_]+", text))
+        counts.update({phrase: words[phrase] or text.count(phrase) * (" " in phrase) for phrase in phrases})
+    return counts
+
+
+def shortcut(probe, score_of):
+    """Probability that a reader passes who takes the continuation with the highest score, and draws where scores are
+    equal, or where none has any."""
+    scores = {c: score_of(c) for c in probe["right"] + probe["wrong"]}
+    best = [c for c in scores if scores[c] == max(scores.values())]
+    return sum(c in probe["right"] for c in best) / len(best)
+
+
+def places(probe, continuation):
+    """Character positions at which a continuation already stands in its prompt."""
+    return [m.start() for m in re.finditer(rf"\b{re.escape(continuation.strip())}\b", probe["prompt"], re.IGNORECASE)]
+
+
+def grade_probes(subject, probes, counts):
+    """Share of probes passed, by skill and kind, and beside it what readers without any skill would pass."""
+    readers = {"": passes(subject.model, subject.encoding, probes),
+               ", by chance": [shortcut(p, lambda c: 0) for p in probes],
+               ", the most frequent": [shortcut(p, lambda c: counts[c.strip().lower()]) for p in probes],
+               ", the last mentioned": [shortcut(p, lambda c: max(places(p, c), default=-1)) for p in probes],
+               ", the most mentioned": [shortcut(p, lambda c: len(places(p, c))) for p in probes]}
+    figures = {}
+    for skill in dict.fromkeys(p["skill"] for p in probes):
+        for reader, passed in readers.items():
+            figures[skill + reader] = interval([x for x, p in zip(passed, probes) if p["skill"] == skill])
+        for kind in sorted({p["kind"] for p in probes if p["skill"] == skill} - {skill}):
+            figures[f"{skill}: {kind}"] = interval([x for x, p in zip(readers[""], probes) if p["kind"] == kind])
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# completions
+
+
+def complete(subject, prompts, each=1, max_tokens=200, title="completing"):
+    """[[(text, ended by itself), …], …]: each prompt's continuations at temperature 1, drawn from the seeds 1, 2, …"""
+    encoding, by_length = subject.encoding, defaultdict(list)
+    ids = [[encoding.eot_token] + encoding.encode_ordinary(prompt) for prompt in prompts]
+    for i, row in enumerate(ids):  # prompts of like length go into one batch
+        by_length[len(row)] += [(i, each * i + k) for k in range(each)]
+    batches = [rows[i:i + 50] for rows in by_length.values() for i in range(0, len(rows), 50)]
+    found = [[None] * each for _ in prompts]
+    for rows in tqdm(batches, desc=title, leave=False, disable=None):
+        tokens = torch.stack(list(generate(subject.model, [ids[i] for i, _ in rows], max_tokens,
+                                           [1 + k for _, k in rows], encoding.eot_token)), 1).tolist()
+        for (i, k), row in zip(rows, tokens):
+            told = row[:row.index(encoding.eot_token)] if encoding.eot_token in row else row
+            found[i][k - each * i] = (encoding.decode(told), len(told) < len(row) or row[-1:] == [encoding.eot_token])
+    return found
+
+
+def words_of(text):
+    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+
+
+def runs_of(words, n):
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def completions(subject, prompts, args):
+    """Ten or so continuations of each prompt: kept in samples.bin, and what can be counted in them."""
+    found = complete(subject, prompts, args.each, args.max_tokens, "completing prompts")
+    keep_samples(subject, prompts, found)
+    texts = [[words_of(text) for text, _ in some] for some in found]
+    each = np.full(len(prompts), args.each)
+    figures = {"ended by themselves": interval([sum(ended for _, ended in some) for some in found], each),
+               "length in words": interval([sum(map(len, some)) for some in texts], each),
+               "repeated 4-grams, within a text": interval(*zip(*(
+                   (sum(len(runs_of(text, 4)) - len(set(runs_of(text, 4))) for text in some),
+                    sum(len(runs_of(text, 4)) for text in some)) for some in texts)))}
+    for n in range(1, 5):
+        figures[f"distinct {n}-grams, within a prompt"] = interval(*zip(*(
+            (len({run for text in some for run in runs_of(text, n)}), sum(len(runs_of(text, n)) for text in some))
+            for some in texts)))
+    # Rouge-2 among all completions: the F1 of the sets of pairs of words; which are the columns of a matrix
+    pairs = [set(runs_of(text, 2)) for some in texts for text in some]
+    column = {pair: i for i, pair in enumerate(dict.fromkeys(pair for some in pairs for pair in some))}
+    stands = np.zeros((len(pairs), len(column)), np.float32)
+    for row, some in zip(stands, pairs):
+        row[[column[pair] for pair in some]] = 1
+    sizes = stands.sum(1)
+    alike = 2 * (stands @ stands.T) / np.maximum(1, sizes[:, None] + sizes)
+    np.fill_diagonal(alike, 0)
+    figures["Rouge-2 with the most similar other"] = interval(alike.max(1).reshape(len(prompts), -1).mean(1))
+    return figures
+
+
+def keep_samples(subject, prompts, found):
+    """Write the stories to samples.bin beside the run, in the same form as sample.py --out does."""
+    encoding = subject.encoding
+    tokens = [t for prompt, some in zip(prompts, found) for text, _ in some
+              for t in [encoding.eot_token] + encoding.encode_ordinary(prompt + text)] + [encoding.eot_token]
+    if max(tokens) < 2**16:
+        path = subject.path("samples.bin")
+        np.array(tokens, "<u2").tofile(path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+
+def kept_samples(subject, prompts, args):
+    """The completions in samples.bin, as `complete` returns them but for how they ended; made where it has others."""
+    path, encoding = subject.path("samples.bin"), subject.encoding
+    if os.path.exists(path) and os.path.getmtime(path) > subject.time:
+        stories = [encoding.decode(part.tolist()) for part in split_stories(np.fromfile(path, "<u2"), encoding.eot_token)]
+        beginnings = [prompt for prompt in prompts for _ in range(args.each)]
+        if len(stories) == len(beginnings) and all(map(str.startswith, stories, beginnings)):
+            texts = [story[len(prompt):] for story, prompt in zip(stories, beginnings)]
+            return [texts[i:i + args.each] for i in range(0, len(texts), args.each)]
+    found = complete(subject, prompts, args.each, args.max_tokens, "completing prompts")
+    keep_samples(subject, prompts, found)
+    return [[text for text, _ in some] for some in found]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# memorisation
+
+
+def pick_stories(tokens, eot, n, least):
+    """Up to n stories of `least` tokens or more, evenly spread over the file, of which little else is read."""
+    found = {}
+    for begin in np.linspace(0, len(tokens), n, endpoint=False).astype(int).tolist():
+        part = np.asarray(tokens[begin:begin + 20_000])
+        ends = np.flatnonzero(part == eot)
+        for a, b in zip(ends, ends[1:]):
+            if b - a > least:
+                found[begin + int(a)] = part[a + 1:b].tolist()
+                break
+    return list(found.values())
+
+
+def shared_runs(queries, tokens, n=5, piece=1 << 20):
+    """What each of the Q queries (lists of token ids) shares with `tokens`, which are read once, piece by piece: (the
+    length of its longest run of n or more tokens that stands there, else 0; the share of its runs of n that do).
+
+    Runs are known by 64-bit hashes that grow by one token at a time (Karp & Rabin 1987): a place that shares a run of k
+    with a query is tried for k + 1, and few are left soon."""
+    values = np.random.default_rng(0).integers(1, 2**63, 2**16, np.uint64)  # a random number for each token
+    factor, shift = np.uint64(0x9E3779B97F4A7C15), np.uint64(42)
+    flat, owner = np.concatenate(queries).astype(int), np.repeat(np.arange(len(queries)), list(map(len, queries)))
+    left = np.concatenate([np.arange(len(query), 0, -1) for query in queries])  # tokens to the end of the query
+    levels = []  # for runs of 1, 2, … tokens: hash of the run at each place in flat, those in order, which were found
+    longest = int(left.max())
+
+    def level(k):
+        while len(levels) < k:
+            i = len(levels)
+            before = levels[-1][0] if i else np.zeros(len(flat), np.uint64)
+            hashes = before * factor + values[np.append(flat[i:], np.zeros(i, int))]
+            known = np.unique(hashes[left > i])
+            levels.append((hashes, known, np.zeros(len(known), bool)))
+        return levels[k - 1]
+
+    rough = np.zeros(2**22, bool)  # whether a hash begins with these 22 bits: rules out most places at little cost
+    rough[level(n)[1] >> shift] = True
+    for begin in tqdm(range(0, len(tokens), piece), desc="comparing with train", leave=False, disable=None):
+        part = values[tokens[begin:begin + piece + longest]]
+        hashes = np.zeros(max(0, min(piece, len(part) - n + 1)), np.uint64)
+        for i in range(n):
+            hashes = hashes * factor + part[i:i + len(hashes)]
+        where, k = np.flatnonzero(rough[hashes >> shift]), n
+        hashes = hashes[where]
+        while len(where) and k <= longest:
+            _, known, found = level(k)
+            at = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+            same = known[at] == hashes
+            found[at[same]] = True
+            where, hashes = where[same], hashes[same]
+            inside = where + k < len(part)
+            where, hashes = where[inside], hashes[inside]
+            hashes, k = hashes * factor + part[where + k], k + 1
+    reached, share = np.zeros(len(queries), int), None
+    for k, (hashes, known, found) in list(enumerate(levels, 1))[n - 1:]:
+        there = (left >= k) & found[np.searchsorted(known, hashes).clip(max=len(known) - 1)]
+        reached[owner[there]] = k
+        if k == n:
+            share = np.bincount(owner[there], minlength=len(queries)) / np.maximum(
+                1, np.bincount(owner[left >= n], minlength=len(queries)))
+    return reached, share
+
+
+def memorisation(subject, dataset, args):
+    """Beginnings (50 tokens) of 100 train stories, completed: how much of the true ending comes back, and what stands
+    in any train story. The yardsticks: the same for validation stories, and how these really end."""
+    eot, encoding = load_meta(dataset)["eot"], load_tokenizer(dataset)
+    figures, queries, names = {}, [], []
+    for split in ("train", "val"):
+        stories = pick_stories(load_tokens(dataset, split), eot, 100, 100)
+        if not stories:
+            return {}
+        told = [some[0][0] for some in complete(subject, [encoding.decode(s[:50]) for s in stories], 1, args.max_tokens,
+                                                f"completing {split} stories")]
+        endings = [encoding.decode(s[50:50 + args.max_tokens]) for s in stories]
+        both = [(Counter(runs_of(words_of(a), 2)), Counter(runs_of(words_of(b), 2))) for a, b in zip(told, endings)]
+        figures[f"Rouge-2 precision, completed {split}"] = interval([(a & b).total() for a, b in both],
+                                                                    [a.total() for a, _ in both])
+        for name, texts in ((f"completed {split}", told), ("true val endings", endings))[:1 + (split == "val")]:
+            queries += [encoding.encode_ordinary(text) for text in texts]
+            names += [name] * len(texts)
+    longest, share = shared_runs(queries, load_tokens(dataset, "train"))
+    for name in dict.fromkeys(names):
+        mine = np.array(names) == name
+        figures[f"5-grams of tokens found in train, {name}"] = interval(share[mine])
+        figures[f"longest run of tokens found in train, {name}"] = interval(longest[mine])
+        figures[f"… the longest of all, {name}"] = int(longest[mine].max())
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# instructions
+
+
+def instructions(subject, dataset, args):
+    """Share of the words and sentences asked for that the story has, for fields that train has seen together and for
+    those that were held out, on validation stories that were prepared with --instruct."""
+    from generate import missing  # which knows the inflections
+    meta, encoding = load_meta(dataset), load_tokenizer(dataset)
+    asked = {"seen": [], "held out": []}
+    for part in split_stories(np.asarray(load_tokens(dataset, "val")), meta["eot"]):
+        head, stop, _ = encoding.decode(part.tolist()).partition("Story:\n")
+        fields = {name.split()[-1].lower(): value for name, _, value in (line.partition(": ") for line in head.split("\n"))}
+        group = asked["held out" if meta["instruct"]["hold_out"] and set(meta["instruct"]["hold_out"]) <= set(fields)
+                      else "seen"]
+        if stop and len(group) < 60 and set(fields) & {"words", "sentence"}:
+            group.append((head + stop, fields))
+    figures = {}
+    for name, group in asked.items():
+        told = complete(subject, [prompt for prompt, _ in group], 1, args.max_tokens, "following instructions")
+        for field in ("words", "sentence"):
+            of, there = [], []
+            for (_, fields), ((text, _),) in zip(group, told):
+                if field == "words" and field in fields:
+                    words = fields[field].split(", ")
+                    of.append(len(words))
+                    there.append(len(words) - len(missing(words, text)))
+                elif field in fields:
+                    of.append(1)
+                    there.append(" ".join(fields[field].split()) in " ".join(text.split()))
+            if of:
+                figures[f"{field} used, {name} combinations"] = interval(there, of)
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# judge: the paper's procedure, in words of our own: an assessment first, then marks
+
+
+MARKS, AGES = ("grammar", "creativity", "consistency", "plot"), dict(zip("ABCDEF", (3, 4.5, 6.5, 8.5, 11, 14.5)))
+QUESTION = """Below is the beginning of a story. It breaks off in the middle of a sentence, at the sign ***. A student was \
+asked to go on from there, and what follows the sign is the student's work.
+
+{} *** {}
+
+First write a short assessment of the student's part alone: is its grammar right, does it fit the beginning (does it also \
+finish the broken sentence well), does what happens make a story, are there ideas of its own in it? After that give marks \
+from 1 (worst) to 10 (best), and guess how old the student is: A: 3 or younger, B: 4 or 5, C: 6 or 7, D: 8 or 9, E: 10 to 12, \
+F: 13 to 16. End with exactly these five lines, each with your mark or letter:
+Grammar:
+Creativity:
+Consistency with the beginning:
+Plot:
+Age group:"""
+
+
+def read_marks(reply):
+    """{mark: number, "age": years} of a judge's reply; None where one is missing, or is none."""
+    found = {}
+    for name in (*MARKS, "age"):
+        what = r"([A-F])\b" if name == "age" else r"(\d+(?:\.\d+)?)"
+        lines = re.findall(rf"^\W*{name}\b[^:\n]*:\W*{what}", reply, re.MULTILINE | re.IGNORECASE)
+        if not lines or name != "age" and not 1 <= float(lines[-1]) <= 10:
+            return None
+        found[name] = AGES[lines[-1].upper()] if name == "age" else float(lines[-1])
+    return found
+
+
+def controls(dataset, n=30):
+    """{name: [(beginning, ending)]}: how stories of the validation file end, how others do, and words in disorder."""
+    encoding = load_tokenizer(dataset)
+    stories = [encoding.decode(s) for s in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n, 100)]
+    cuts = [story.index(" ", len(story) // 3) for story in stories]
+    begins, ends = [s[:cut] for s, cut in zip(stories, cuts)], [s[cut + 1:] for s, cut in zip(stories, cuts)]
+    mixed = [" ".join(random.Random(1).sample(end.split(), len(end.split()))) for end in ends]
+    return {"true endings": list(zip(begins, ends)), "endings of others": list(zip(begins, ends[1:] + ends[:1])),
+            "shuffled endings": list(zip(begins, mixed))}
+
+
+async def ask_judge(questions, args, file):
+    """Append the reply to each question {key: text} to the file as it comes; returns why some are missing, or ""."""
+    import openai
+    from generate import ask, cost, no_retry_without_quota
+    client = openai.AsyncOpenAI(base_url=args.base_url or None, timeout=120, max_retries=8,
+                                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
+    limit = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
+    todo, bar, spent, why = list(questions.items())[::-1], tqdm(total=len(questions), desc=args.judge, disable=None), 0, ""
+
+    async def work():
+        nonlocal spent, why
+        while todo and not why:
+            key, question = todo.pop()
+            most = cost(args, len(question.encode()) + 50, 1000)
+            if spent + most > args.max_cost:  # what is under way is in `spent` at its most
+                why = why or f"the next reply might pass --max_cost={args.max_cost:g}"
+                return
+            spent += most
+            for _ in range(2):  # a reply without marks is asked for once more
+                try:
+                    text, finish, _, model, *tokens = await ask(client, {"model": args.judge, limit: 1000}, question)
+                except openai.APIError as e:
+                    why = why or f"{client.base_url.host}: {e}".replace(client.api_key, "(key)")[:300]
+                    return
+                spent += cost(args, *tokens) - most
+                most = 0
+                marks = read_marks(text)
+                file.write(json.dumps({"key": key, "judge": args.judge, "model": model, "reply": text, "marks": marks,
+                                       "finish": finish, "tokens": tokens}, ensure_ascii=False) + "\n")
+                file.flush()
+                if marks:
+                    break
+            bar.update()
+
+    await asyncio.gather(*(work() for _ in range(args.concurrency)))
+    bar.close()
+    await client.close()
+    return why
+
+
+def judge(subject, prompts, args):
+    """Marks for the completions of the prompts, and for the controls, which the judge is shown among them."""
+    from generate import cost, records
+    kept = kept_samples(subject, prompts, args)
+    asked = {"": [[(prompt, text) for text in some] for prompt, some in zip(prompts, kept)],
+             **{name: [[pair] for pair in pairs] for name, pairs in controls(subject.datasets[0]).items()}}
+    def key_of(pair):
+        return hashlib.sha256(f"{args.judge}\n{QUESTION.format(*pair)}".encode()).hexdigest()[:32]
+    pairs = {key_of(pair): pair for groups in asked.values() for some in groups for pair in some}
+    path = subject.path("judge.jsonl")
+    replies = {}
+    for known in {path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}:  # other runs have had the same controls
+        if os.path.exists(known):
+            replies.update({r["key"]: r["marks"] for r in records(known) if r["key"] not in replies or r["marks"]})
+    questions = {key: QUESTION.format(*pairs[key]) for key in sorted(pairs) if key not in replies}  # in random order
+    if questions:
+        size = sum(map(len, questions.values())) // 4
+        print(f"{len(questions):,} replies to ask for, {len(pairs) - len(questions):,} known: about {size:,} tokens in, "
+              f"{300 * len(questions):,} out" + (f", ${cost(args, size, 300 * len(questions)):.2f}"
+                                                 if args.price_in + args.price_out else ""))
+        if not os.environ.get("OPENAI_API_KEY", "").strip():
+            sys.exit("OPENAI_API_KEY is not set: export OPENAI_API_KEY=… (most local servers take any word)")
+        with open(path, "a", encoding="utf-8") as file:
+            why = asyncio.run(ask_judge(questions, args, file))
+        if why:
+            sys.exit(f"{why}\nreplies so far are in {path}: the same command goes on")
+        replies.update({r["key"]: r["marks"] for r in records(path) if r["marks"] or r["key"] not in replies})
+    figures, means = {"judge": args.judge}, {}
+    for name, groups in asked.items():
+        marks = [[found for pair in some if (found := replies[key_of(pair)])] for some in groups]
+        for mark in (*MARKS, "age"):
+            if any(marks):
+                figures[f"{mark}{name and ', ' + name}"] = interval([sum(m[mark] for m in some) for some in marks],
+                                                                    list(map(len, marks)))
+            means[name, mark] = [np.mean([m[mark] for m in some]) if some else np.nan for some in marks]
+    figures["replies without marks"] = sum(not replies[key] for key in pairs)
+    # a judge that can be used marks other stories' endings down for consistency, and disorder for grammar
+    for mark, control in (("consistency", "endings of others"), ("grammar", "shuffled endings")):
+        less = np.subtract(means["true endings", mark], means[control, mark])
+        figures[f"{mark}: true endings over {control}"] = interval(less[~np.isnan(less)]) if (~np.isnan(less)).any() \
+            else [0.0, 0.0, 0.0]
+        if figures[f"{mark}: true endings over {control}"][1] <= 0:
+            figures["judge"] = f"{args.judge} (unfit)"
+            print(f"{args.judge} is unfit as a judge: for {mark} it does not put true endings over {control}")
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# what is graded: a run, or somebody else's model
+
+
+class Published(torch.nn.Module):
+    """A causal language model of transformers' behind the surface of our GPT, as far as `score` and `generate` use it."""
+
+    def __init__(self, inner, bos, eot):
+        super().__init__()
+        self.inner, self.head, self.bos, self.eot = inner, inner.get_output_embeddings(), bos, eot
+        # the cache is its own; ours only counts
+        self.config = SimpleNamespace(block_size=inner.config.max_position_embeddings, n_layer=0, n_head=1, n_embd=1,
+                                      vocab_size=self.head.weight.size(0))
+
+    def forward(self, idx, targets=None, cache=None):
+        begin = not cache or cache.length == 0
+        if begin:  # some have one token before a text, and another after it
+            idx = torch.cat((idx[:, :1].masked_fill(idx[:, :1] == self.eot, self.bos), idx[:, 1:]), 1)
+        out = self.inner(idx, past_key_values=None if begin else cache.past, use_cache=cache is not None)
+        if cache:
+            cache.past, cache.length = out.past_key_values, cache.length + idx.size(1)
+        if targets is None:
+            return out.logits
+        return torch.nn.functional.cross_entropy(out.logits.float().transpose(1, 2), targets, ignore_index=-1,
+                                                 reduction="none")
+
+    def num_params(self, embedding=True):
+        tables = {id(p) for name, p in self.named_parameters() if re.search(r"(wte|wpe|embed_tokens|lm_head)\.", name)}
+        return sum(p.numel() for p in self.parameters() if embedding or id(p) not in tables)
+
+
+def load_published(name, device, args):
+    try:
+        import transformers
+    except ImportError:
+        sys.exit(f"hf:{name} needs a package more: pip install transformers")
+    if not args.dataset:
+        sys.exit(f"hf:{name} can be graded on any stories: name some that are prepared, --dataset=tinystories")
+    transformers.logging.set_verbosity_error()
+    try:
+        inner = transformers.AutoModelForCausalLM.from_pretrained(name).float().to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or name)
+    except (OSError, ValueError, ImportError) as e:
+        sys.exit(f"hf:{name} cannot be loaded: {str(e).strip().splitlines()[0]} (where it lacks a tokenizer, name a model "
+                 "that has it, such as --tokenizer=EleutherAI/gpt-neo-125M)")
+    eot = tokenizer.eos_token_id
+    bos = eot if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    encoding = SimpleNamespace(eot_token=eot, decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+                               encode_ordinary=lambda text: tokenizer.encode(text, add_special_tokens=False))
+    return Published(inner, bos, eot), encoding
+
+
+def load(name, device, args):
+    """What is graded: model, encoding, the tokenizer's hash, datasets, the checkpoint's time, what is told of it, and
+    path(file), which says where a file about it goes."""
+    if name.startswith("hf:"):
+        model, encoding = load_published(name[3:], device, args)
+        folder, prefix, when = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/"))), "", 0
+        checkpoint = {"datasets": [], "tokenizer": None}
+        os.makedirs(folder, exist_ok=True)
+    else:
+        model, checkpoint = load_model(name, device)
+        whole = name.endswith(".pt")  # ckpt-0000064.pt: its files begin with ckpt-0000064.
+        folder, prefix = (os.path.dirname(name), os.path.basename(name)[:-2]) if whole else (name, "")
+        encoding, when = make_encoding(load_ranks(folder)), os.path.getmtime(name if whole else f"{name}/ckpt.pt")
+        if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
+            sys.exit(f"{folder}/tokenizer.tiktoken is not the one this model was trained with: copy it from its dataset")
+    about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
+             "context": model.config.block_size, "step": checkpoint.get("step")}
+    return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], folder=folder, time=when,
+                           datasets=[args.dataset] if args.dataset else checkpoint["datasets"], about=about,
+                           path=lambda file: os.path.join(folder, prefix + file))
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# corpora
 
 
 def describe(path):
@@ -272,25 +831,166 @@ def chart(title, x_label, y_label, series, log_x=False, lines=True):
     return "".join(out) + f"</svg><div class=\"legend\">{' '.join(legend)}</div></figure>\n"
 
 
+# -----------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+def steps(subject, probes, device):
+    """{skill: [(step, low, share of probes passed, high)]} of the checkpoints that train.py --keep=log leaves."""
+    spans = {name: read_spans(name, 100) for name in subject.datasets}
+    found = defaultdict(list)
+    for path in tqdm(sorted(glob.glob(os.path.join(glob.escape(subject.folder), "ckpt-*.pt"))), desc="checkpoints",
+                     leave=False, disable=None):
+        model, checkpoint = load_model(path, device)
+        for suffix, some in (("", probes), *((f" ({name})", some) for name, some in spans.items() if some)):
+            passed = passes(model, subject.encoding, some)
+            for skill in dict.fromkeys(p["skill"] for p in some):
+                share, low, high = interval([x for x, p in zip(passed, some) if p["skill"] == skill])
+                found[skill + suffix].append((checkpoint["step"], low, share, high))
+    return found
+
+
+def sections(subject, wanted, probes, prompts, device, args):
+    """Yield (title, figures) of every section that is wanted, and that this model can be asked for."""
+    spans = {name: read_spans(name, args.spans, by="kind") for name in subject.datasets if "probes" in wanted}
+    for name in subject.datasets if "loss" in wanted else ():
+        yield f"loss on {name}", loss(subject, name)
+    if "probes" in wanted:
+        first = subject.datasets[0]
+        counts = count_phrases({c for p in probes + spans[first] for c in p["right"] + p["wrong"]}, first)
+        yield "probes", grade_probes(subject, probes, counts)
+        for name in subject.datasets:
+            if spans[name]:
+                yield f"spans of {name}", grade_probes(subject, spans[name], counts)
+    if "completions" in wanted:
+        yield "completions", completions(subject, prompts, args)
+    for name in subject.datasets:
+        if "memorisation" in wanted:
+            yield f"memorisation of {name}", memorisation(subject, name, args)
+        if "instructions" in wanted and load_meta(name)["instruct"]:
+            yield f"instructions of {name}", instructions(subject, name, args)
+    if "steps" in wanted and glob.glob(os.path.join(glob.escape(subject.folder), "ckpt-*.pt")):
+        yield "steps", steps(subject, probes, device)
+    if "judge" in wanted:
+        yield "judge", judge(subject, prompts, args)
+
+
+def write_whole(path, text):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def cell(name, value):
+    if isinstance(value, list):
+        digits = 4 if name.startswith("val_") else 3 if abs(value[0]) < 10 else 1
+        return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
+    return value if isinstance(value, str) else "–" if value is None else f"{value:,.4g}" if isinstance(value, float) \
+        else f"{value:,}"
+
+
+def table(results):
+    """Rows of text: a figure each, with a cell for each run; and rows of a title alone."""
+    rows = [["", *results]]
+    for title in dict.fromkeys(title for result in results.values() for title in result if title != "steps"):
+        rows.append([title])
+        parts = [result.get(title, {}) for result in results.values()]
+        rows += [["  " + name, *(cell(name, part.get(name)) for part in parts)]
+                 for name in dict.fromkeys(name for part in parts for name in part)]
+    return rows
+
+
+def print_table(rows):
+    widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
+    for name, *cells in rows:
+        print(name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:])), sep="  ")
+
+
+def compare(results, folders):
+    """The page that shows several runs side by side: charts of sizes, steps, tokens and minutes, and the table."""
+    charts, sizes = [], {name: result["model"]["parameters"] for name, result in results.items()}
+    titles = dict.fromkeys(title for result in results.values() for title in result)
+    for title in titles:
+        if title.startswith(("probes", "spans")):
+            series = {skill: [(sizes[name], *np.array(result[title][skill])[[1, 0, 2]].tolist())
+                              for name, result in results.items() if skill in result.get(title, ())]
+                      for skill in SKILLS[1:]}
+            charts.append(chart(f"{title}: skill against size", "parameters without embedding and head",
+                                "share passed", series, log_x=True))
+    for name, result in results.items():
+        if "steps" in result:
+            charts.append(chart(f"{name}: skill against training", "step", "share passed", result["steps"], log_x=True))
+    logs = {}
+    for name, folder in folders.items():
+        if os.path.exists(os.path.join(folder, "log.jsonl")):
+            with open(os.path.join(folder, "log.jsonl")) as f:
+                logs[name] = [record for record in map(json.loads, f) if "val_bpb" in record]
+    for label, key, unit in (("tokens", "tokens", 1), ("minutes", "seconds", 60)):
+        charts.append(chart(f"bits per byte against {label}", label, "val_bpb",
+                            {name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}))
+    bpb = {title: [(sizes[name], *np.array(result[title]["val_bpb"])[[1, 0, 2]].tolist())
+                   for name, result in results.items() if title in result] for title in titles if title[:4] == "loss"}
+    charts.append(chart("bits per byte against size", "parameters without embedding and head", "val_bpb", bpb, log_x=True))
+    rows = "".join("<tr>" + "".join(f"<{tag}>{escape(text.strip())}</{tag}>" for text in row) + "</tr>\n"
+                   for row in table(results) for tag in ("th" if len(row) == 1 or not row[0] else "td",))
+    return page("Models compared", f'<div class="charts">\n{"".join(charts)}</div>\n<div class="scroll"><table>\n{rows}'
+                "</table></div>\n<p>In brackets: 95 % intervals, bootstrapped over stories, probes or prompts.</p>")
+
+
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a; the newest if none is named")
-    parser.option("dataset", "", "score on this dataset's validation stories instead of the run's own")
+    parser.option("only", "", "sections, of " + ",".join(SECTIONS) + " (default: those that need no judge)")
+    parser.option("dataset", "", "grade on this dataset's stories instead of the run's own")
     parser.add_argument("--stories", nargs="+", default=[], metavar="FILE", help="describe files of stories instead")
+    parser.option("probes", os.path.join(HERE, "data", "probes.json"), "right and wrong continuations")
+    parser.option("prompts", os.path.join(HERE, "data", "prompts.json"), "beginnings of stories")
+    parser.option("each", 10, "completions of each of those")
+    parser.option("max_tokens", 200, "longest completion")
+    parser.option("spans", 100, "marked words of each kind, where the dataset's stories have such")
+    parser.option("judge", "", "model that gives marks; the key is in OPENAI_API_KEY")
+    parser.option("base_url", "", "its server, where OPENAI_BASE_URL does not say it, e.g. http://localhost:8000/v1")
+    parser.option("price_in", 0.0, "dollars per million tokens of questions to it")
+    parser.option("price_out", 0.0, "dollars per million tokens of its replies")
+    parser.option("max_cost", math.inf, "stop before this command has cost more dollars")
+    parser.option("concurrency", 16, "questions under way at a time")
+    parser.option("tokenizer", "", "of hf: models that come without one: the name of another")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.stories:
         return compare_stories(args.stories)
+    wanted = args.only.split(",") if args.only else [s for s in SECTIONS if s != "judge" or args.judge]
+    if not set(wanted) <= set(SECTIONS):
+        sys.exit(f"--only={args.only} names other sections than {','.join(SECTIONS)}")
+    if "judge" in wanted and not args.judge:
+        sys.exit("who shall judge? --judge=gpt-4o-mini for one")
+    if args.max_cost < math.inf and not args.price_in + args.price_out:
+        sys.exit("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
+    if min(args.each, args.max_tokens, args.concurrency, args.spans) < 1:
+        sys.exit("--each, --max_tokens, --concurrency and --spans must be at least 1")
+    probes = read_probes(args.probes)
+    try:
+        with open(args.prompts, encoding="utf-8") as f:
+            prompts = json.load(f)
+    except (OSError, ValueError) as e:
+        sys.exit(f"cannot read --prompts={args.prompts}, a JSON list of beginnings: {e}")
     device, _ = pick_device(args.device, "float32")
-    for run in args.runs or [find_run()]:
-        model, checkpoint = load_model(run, device)
-        for dataset in [args.dataset] if args.dataset else checkpoint["datasets"]:
-            if load_meta(dataset)["tokenizer"]["sha256"] != checkpoint["tokenizer"]:
-                sys.exit(f"{run} was trained with another tokenizer than data/{dataset} has: "
-                         f"python prepare.py --dataset={dataset} --tokenizer={checkpoint['datasets'][0]}")
-            result = evaluate(model, dataset)
-            print(f"{run} on {dataset}: val_bpb {result['val_bpb']:.4f}, val_loss {result['val_loss']:.4f} nats a token"
-                  + "".join(f", {skill} {share:.1%}" for skill, share in skill_accuracy(model, dataset).items()))
+    results, folders = {}, {}
+    for name in args.runs or [find_run()]:
+        subject = load(name, device, args)
+        path, result = subject.path("eval.json"), {}
+        if os.path.exists(path) and os.path.getmtime(path) > subject.time:  # else it tells of an older checkpoint
+            with open(path) as f:
+                result = json.load(f)
+        result["model"] = subject.about
+        for title, figures in sections(subject, wanted, probes, prompts, device, args):
+            result[title] = figures
+            write_whole(path, json.dumps(result, indent=1))
+        results[name], folders[name] = result, subject.folder
+    print_table(table(results))
+    if len(results) > 1:
+        write_whole(os.path.join("out", "compare.html"), compare(results, folders))
+        print("charts: out/compare.html")
 
 
 if __name__ == "__main__":
