@@ -7,7 +7,7 @@
     python eval.py hf:roneneldan/TinyStories-33M --dataset=tinystories      somebody else's model, or hf:FOLDER
     python eval.py --stories a.jsonl b.txt          files of stories, side by side
 
-Every figure comes with the 95 % interval of a bootstrap over stories, probes or prompts, and goes to out/<run>/eval.json.
+Estimates come with the 95 % interval of a bootstrap over stories, probes or prompts. All go to out/<run>/eval.json.
 """
 import asyncio
 import glob
@@ -21,6 +21,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from html import escape
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,22 +29,24 @@ import torch
 from tqdm import tqdm
 
 from model import find_run, load_model, pick_device
-from prepare import (SKILLS, Parser, file_hash, find_files, fingerprint, load_meta, load_ranks, load_tokenizer,
-                     load_tokens, make_encoding, read_records, start)
+from prepare import (INSTRUCTIONS, SKILLS, Parser, file_hash, find_files, fingerprint, instruction, load_meta,
+                     load_ranks, load_tokenizer, load_tokens, make_encoding, read_records, start)
 from sample import generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
 
 
-def interval(top, bottom=None, draws=1000):
-    """[sum(top) / sum(bottom), low, high]: a ratio, or a mean where `bottom` is None, with its 95 % interval.
+def interval(top, bottom=None):
+    """[sum(top) / sum(bottom), low, high]: a ratio, or a mean where `bottom` is None, with its 95 % interval; or None.
 
-    top, bottom: (N,), one number for each story, probe or prompt; of these N as many are drawn again, with replacement
-    (the percentile bootstrap, Efron 1979). The draws are the same whenever N is."""
+    top, bottom: (N,), one number for each story, probe or prompt; of these, N are drawn with replacement a thousand
+    times (the percentile bootstrap, Efron 1979). Equal N have equal draws."""
     top, bottom = np.asarray(top, float), np.ones(len(top)) if bottom is None else np.asarray(bottom, float)
+    if not bottom.sum():
+        return None
     draw, ratios = np.random.default_rng(0), []
-    for _ in range(draws):
+    for _ in range(1000):
         pick = draw.integers(0, len(top), len(top))
         if below := bottom[pick].sum():
             ratios.append(top[pick].sum() / below)
@@ -56,7 +59,7 @@ def interval(top, bottom=None, draws=1000):
 
 def windows(tokens, eot, block_size):
     """[(start, length, skip)]: each story from its own <|endoftext|>, cut into windows that overlap by half where it
-    is longer than the context. The targets tokens[start + 1 + skip : start + 1 + length] are scored, each token once."""
+    is longer than the context. Scored are tokens[start + 1 + skip : start + 1 + length], and so each token once."""
     ends = np.flatnonzero(tokens == eot)
     cuts = []
     for start, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
@@ -125,33 +128,29 @@ def loss(subject, dataset):
         tokens = np.array([t for story in stories for t in [eot] + subject.encoding.encode_ordinary(story)] + [eot])
     nats = score(subject.model, tokens, eot, title=f"loss on {dataset}").astype(float)
     starts = np.flatnonzero(tokens == eot)[:-1] + 1  # a story's cost: from its first token to the next <|endoftext|>
-
     def sums(values):
-        return np.add.reduceat(values.astype(float), starts)
-
+        return np.add.reduceat(values.astype(float), starts)  # (stories,)
     lengths = sums(np.ones(len(tokens)))
     figures = {"val_bpb": interval(sums(nats) / math.log(2), [len(story.encode()) for story in stories]),
                "val_loss": interval(sums(nats), lengths), "stories": len(stories),
-               "longer than the context": int((lengths > subject.model.config.block_size).sum())}
+               "stories longer than the context": int((lengths > subject.model.config.block_size).sum())}
     if "bits_per_byte" in meta["val"]:
         figures["val_bpb of the world's own choices"] = meta["val"]["bits_per_byte"]
     if own and os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
         labels = np.asarray(load_tokens(dataset, "val.skills"))
         space = np.array([encoding.decode_single_token_bytes(t)[:1] == b" " for t in range(meta["vocab_size"])])
-        begins = space[tokens] | np.append(False, labels[1:] != labels[:-1])  # where a word does
+        begins = space[tokens] | np.append(False, labels[1:] != labels[:-1])  # whether a word does
         for i, skill in enumerate(SKILLS):
-            marked = labels == i
+            marked, name = labels == i, f"{skill if i else 'all other'} words"
             if (words := sums(marked & begins)).sum():
-                name = skill if i else "all other"
-                figures[f"{name} words, nats each"] = interval(sums(nats * marked), words)
-                figures[f"{name} words, share of text"] = interval(sums(marked), lengths)
-                figures[f"{name} words, share of loss"] = interval(sums(nats * marked), sums(nats))
+                figures[f"{name}, nats each"] = interval(sums(nats * marked), words)
+                figures[f"{name}, share of text"] = interval(sums(marked), lengths)
+                figures[f"{name}, share of loss"] = interval(sums(nats * marked), sums(nats))
     return figures
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# probes: right and wrong ways to go on, of which the likelier is taken. A probe is a dict of skill, kind, prompt, right
-# and wrong continuations, and perhaps `after`, the word that follows them.
+# probes: dicts of skill, kind, prompt, right and wrong continuations, and perhaps `after`, the word that follows
 
 
 def read_probes(path):
@@ -169,30 +168,30 @@ def read_probes(path):
 
 
 def read_spans(dataset, most, by="skill"):
-    """The first marked words of validation stories as probes, `most` of each skill or kind. With the word that follows,
-    "jump" and "jumped" both cost what it takes to end there."""
+    """The first marked words of validation stories as probes, `most` of each skill or kind. With the word that
+    follows, "jump" and "jumped" both cost what it takes to end there."""
     found = defaultdict(list)
     labelled = os.path.exists(os.path.join("data", dataset, "val.skills.bin"))
+    before = instruction({}) if labelled and load_meta(dataset)["instruct"] else ""
     for path, _ in find_files(os.path.join("data", dataset)) if labelled else ():
-        if path.endswith(".jsonl"):
-            for record in read_records(path):
-                for span in record.get("spans") or () if record.get("split") == "val" else ():
-                    kind = span.get("kind", span["skill"]) + (f", depth {span['depth']:2}" if "depth" in span else "")
-                    if len(some := found[kind if by == "kind" else span["skill"]]) < most:
-                        story, start, end = record["story"], span["start"], span["end"]
-                        some.append({"skill": span["skill"], "kind": kind, "prompt": story[:start],
-                                     "right": [story[start:end]], "wrong": [span["wrong"]],
-                                     "after": re.match(r"\W*\w*", story[end:])[0]})
+        for record in read_records(path) if path.endswith(".jsonl") else ():
+            for span in record.get("spans") or () if record.get("split") == "val" else ():
+                kind = span.get("kind", span["skill"]) + (f", depth {span['depth']:2}" if "depth" in span else "")
+                if len(some := found[kind if by == "kind" else span["skill"]]) < most:
+                    story, begin, end = record["story"], span["start"], span["end"]
+                    some.append({"skill": span["skill"], "kind": kind, "prompt": before + story[:begin],
+                                 "right": [story[begin:end]], "wrong": [span["wrong"]],
+                                 "after": re.match(r"\W*\w*", story[end:])[0]})
     return [probe for some in found.values() for probe in some]
 
 
 def passes(model, encoding, probes, title="probes"):
-    """(N,) True for each probe of which one right continuation is likelier than every wrong one, by the sum of the
-    log-likelihoods of the tokens that follow those which all its continuations begin with."""
+    """(N,) whether one right continuation of each probe is likelier than every wrong one, by the sum of the
+    log-likelihoods of the tokens that follow those which all of them begin with."""
     eot, tokens, parts, ends = encoding.eot_token, [], [], []
     for probe in probes:
-        rows = [encoding.encode_ordinary(probe["prompt"] + c + probe.get("after", ""))
-                for c in probe["right"] + probe["wrong"]]
+        rows = [encoding.encode_ordinary(probe["prompt"] + continuation + probe.get("after", ""))
+                for continuation in probe["right"] + probe["wrong"]]
         same = next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
         for row in rows:
             cut = max(0, len(row) + 1 - model.config.block_size)  # what the context cannot hold
@@ -200,7 +199,7 @@ def passes(model, encoding, probes, title="probes"):
             tokens += [eot] + row[cut:]
         ends.append(len(parts))
     nats = score(model, np.array(tokens + [eot]), eot, title=title)
-    costs = np.split([nats[start:end].sum() for start, end in parts], ends[:-1])
+    costs = np.split([nats[begin:end].sum() for begin, end in parts], ends[:-1])
     return np.array([min(cost[:len(p["right"])]) < min(cost[len(p["right"]):]) for cost, p in zip(costs, probes)])
 
 
@@ -216,34 +215,33 @@ def skill_accuracy(model, dataset, per_skill=200):
 def count_phrases(phrases, dataset, most=5_000_000):
     """How often each phrase stands in a dataset's train text, or in `most` tokens of it, evenly spread."""
     tokens, encoding, counts = load_tokens(dataset, "train"), load_tokenizer(dataset), Counter()
-    pieces = math.ceil(min(most, len(tokens)) / 50_000)
-    phrases = {phrase.strip().lower() for phrase in phrases}
+    phrases, pieces = {phrase.strip().lower() for phrase in phrases}, math.ceil(min(most, len(tokens)) / 50_000)
     for begin in tqdm(np.linspace(0, max(0, len(tokens) - 50_000), pieces).astype(int), desc="counting words",
                       leave=False, disable=None):
         text = encoding.decode(tokens[begin:begin + 50_000].tolist()).lower()
         words = Counter(re.findall(r"[^\W_]+", text))
-        counts.update({phrase: words[phrase] or text.count(phrase) * (" " in phrase) for phrase in phrases})
+        counts.update({phrase: text.count(phrase) if " " in phrase else words[phrase] for phrase in phrases})
     return counts
 
 
 def shortcut(probe, score_of):
-    """Probability that a reader passes who takes the continuation with the highest score, and draws where scores are
-    equal, or where none has any."""
+    """Probability that a reader passes who takes the continuation with the highest score, and draws among equals."""
     scores = {c: score_of(c) for c in probe["right"] + probe["wrong"]}
     best = [c for c in scores if scores[c] == max(scores.values())]
     return sum(c in probe["right"] for c in best) / len(best)
 
 
 def places(probe, continuation):
-    """Character positions at which a continuation already stands in its prompt."""
-    return [m.start() for m in re.finditer(rf"\b{re.escape(continuation.strip())}\b", probe["prompt"], re.IGNORECASE)]
+    """Where a continuation already stands in its prompt."""
+    word = rf"\b{re.escape(continuation.strip())}\b"
+    return [match.start() for match in re.finditer(word, probe["prompt"], re.IGNORECASE)]
 
 
 def grade_probes(subject, probes, counts):
     """Share of probes passed, by skill and kind, and beside it what readers without any skill would pass."""
     readers = {"": passes(subject.model, subject.encoding, probes),
                ", by chance": [shortcut(p, lambda c: 0) for p in probes],
-               ", the most frequent": [shortcut(p, lambda c: counts[c.strip().lower()]) for p in probes],
+               ", the most frequent in train": [shortcut(p, lambda c: counts[c.strip().lower()]) for p in probes],
                ", the last mentioned": [shortcut(p, lambda c: max(places(p, c), default=-1)) for p in probes],
                ", the most mentioned": [shortcut(p, lambda c: len(places(p, c))) for p in probes]}
     figures = {}
@@ -259,20 +257,37 @@ def grade_probes(subject, probes, counts):
 # completions
 
 
-def complete(subject, prompts, each=1, max_tokens=200, title="completing"):
-    """[[(text, ended by itself), …], …]: each prompt's continuations at temperature 1, drawn from the seeds 1, 2, …"""
-    encoding, by_length = subject.encoding, defaultdict(list)
-    ids = [[encoding.eot_token] + encoding.encode_ordinary(prompt) for prompt in prompts]
-    for i, row in enumerate(ids):  # prompts of like length go into one batch
-        by_length[len(row)] += [(i, each * i + k) for k in range(each)]
-    batches = [rows[i:i + 50] for rows in by_length.values() for i in range(0, len(rows), 50)]
-    found = [[None] * each for _ in prompts]
-    for rows in tqdm(batches, desc=title, leave=False, disable=None):
-        tokens = torch.stack(list(generate(subject.model, [ids[i] for i, _ in rows], max_tokens,
-                                           [1 + k for _, k in rows], encoding.eot_token)), 1).tolist()
-        for (i, k), row in zip(rows, tokens):
-            told = row[:row.index(encoding.eot_token)] if encoding.eot_token in row else row
-            found[i][k - each * i] = (encoding.decode(told), len(told) < len(row) or row[-1:] == [encoding.eot_token])
+def complete(subject, prompts, max_tokens, each=1, title="completing"):
+    """Token ids of `each` continuations of every prompt, at temperature 1, without <|endoftext|>: one of fewer than
+    max_tokens has ended by itself. Number i of them all draws from seed i + 1."""
+    eot, found = subject.encoding.eot_token, {}
+    ids = [[eot] + subject.encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(each)]
+    length = lambda i: len(ids[i])
+    same = [list(some) for _, some in groupby(sorted(range(len(ids)), key=length), length)]  # go into one batch
+    for rows in tqdm([some[i:i + 50] for some in same for i in range(0, len(some), 50)], desc=title, leave=False,
+                     disable=None):
+        tokens = generate(subject.model, [ids[i] for i in rows], max_tokens, [i + 1 for i in rows], eot)
+        for i, row in zip(rows, torch.stack(list(tokens), 1).tolist()):
+            found[i] = row[:row.index(eot)] if eot in row else row
+    return [[found[i] for i in range(begin, begin + each)] for begin in range(0, len(ids), each)]
+
+
+def samples(subject, prompts, args, again=True):
+    """The completions of the prompts, kept in samples.bin in the form of sample.py --out, and, unless `again`, taken
+    from there if it holds them already."""
+    path, eot, before = subject.path("samples.bin"), subject.encoding.eot_token, subject.before
+    begins = [subject.encoding.encode_ordinary(before + prompt) for prompt in prompts for _ in range(args.each)]
+    if not again and os.path.exists(path) and os.path.getmtime(path) > subject.time:
+        kept = [story.tolist() for story in split_stories(np.fromfile(path, "<u2"), eot)]
+        if len(kept) == len(begins) and all(story[:len(begin)] == begin for story, begin in zip(kept, begins)):
+            told = [story[len(begin):] for story, begin in zip(kept, begins)]
+            return [told[i:i + args.each] for i in range(0, len(told), args.each)]
+    found = complete(subject, [before + p for p in prompts], args.max_tokens, args.each, "completing prompts")
+    told = [text for some in found for text in some]
+    tokens = [t for begin, text in zip(begins, told) for t in [eot] + begin + text] + [eot]
+    if max(tokens) < 2**16:  # not so with some models of others
+        np.array(tokens, "<u2").tofile(path + ".tmp")
+        os.replace(path + ".tmp", path)
     return found
 
 
@@ -285,149 +300,123 @@ def runs_of(words, n):
 
 
 def completions(subject, prompts, args):
-    """Ten or so continuations of each prompt: kept in samples.bin, and what can be counted in them."""
-    found = complete(subject, prompts, args.each, args.max_tokens, "completing prompts")
-    keep_samples(subject, prompts, found)
-    texts = [[words_of(text) for text, _ in some] for some in found]
-    each = np.full(len(prompts), args.each)
-    figures = {"ended by themselves": interval([sum(ended for _, ended in some) for some in found], each),
-               "length in words": interval([sum(map(len, some)) for some in texts], each),
-               "repeated 4-grams, within a text": interval(*zip(*(
-                   (sum(len(runs_of(text, 4)) - len(set(runs_of(text, 4))) for text in some),
-                    sum(len(runs_of(text, 4)) for text in some)) for some in texts)))}
+    """What can be counted in continuations of the prompts."""
+    found = samples(subject, prompts, args)
+    texts = [[words_of(subject.encoding.decode(ids)) for ids in some] for some in found]
+    def by_prompt(top, bottom=len):
+        return interval([top(some) for some in texts], [bottom(some) for some in texts])
+    ended = [np.mean([len(ids) < args.max_tokens for ids in some]) for some in found]
+    figures = {"ended by themselves": interval(ended),
+               "length in words": by_prompt(lambda some: sum(map(len, some))),
+               "4-grams that repeat one of the same text": by_prompt(
+                   lambda some: sum(len(runs_of(text, 4)) - len(set(runs_of(text, 4))) for text in some),
+                   lambda some: sum(len(runs_of(text, 4)) for text in some))}
     for n in range(1, 5):
-        figures[f"distinct {n}-grams, within a prompt"] = interval(*zip(*(
-            (len({run for text in some for run in runs_of(text, n)}), sum(len(runs_of(text, n)) for text in some))
-            for some in texts)))
-    # Rouge-2 among all completions: the F1 of the sets of pairs of words; which are the columns of a matrix
+        figures[f"distinct {n}-grams among a prompt's"] = by_prompt(
+            lambda some: len({run for text in some for run in runs_of(text, n)}),
+            lambda some: sum(len(runs_of(text, n)) for text in some))
+    # Rouge-2 between completions: F1 of their sets of pairs of words, which are the columns of a matrix
     pairs = [set(runs_of(text, 2)) for some in texts for text in some]
-    column = {pair: i for i, pair in enumerate(dict.fromkeys(pair for some in pairs for pair in some))}
+    column = {pair: i for i, pair in enumerate({pair for some in pairs for pair in some})}
     stands = np.zeros((len(pairs), len(column)), np.float32)
     for row, some in zip(stands, pairs):
         row[[column[pair] for pair in some]] = 1
-    sizes = stands.sum(1)
-    alike = 2 * (stands @ stands.T) / np.maximum(1, sizes[:, None] + sizes)
+    alike = 2 * (stands @ stands.T) / np.maximum(1, stands.sum(1)[:, None] + stands.sum(1))
     np.fill_diagonal(alike, 0)
-    figures["Rouge-2 with the most similar other"] = interval(alike.max(1).reshape(len(prompts), -1).mean(1))
+    figures["Rouge-2 with the likest other"] = interval(alike.max(1).reshape(len(prompts), -1).mean(1))
     return figures
-
-
-def keep_samples(subject, prompts, found):
-    """Write the stories to samples.bin beside the run, in the same form as sample.py --out does."""
-    encoding = subject.encoding
-    tokens = [t for prompt, some in zip(prompts, found) for text, _ in some
-              for t in [encoding.eot_token] + encoding.encode_ordinary(prompt + text)] + [encoding.eot_token]
-    if max(tokens) < 2**16:
-        path = subject.path("samples.bin")
-        np.array(tokens, "<u2").tofile(path + ".tmp")
-        os.replace(path + ".tmp", path)
-
-
-def kept_samples(subject, prompts, args):
-    """The completions in samples.bin, as `complete` returns them but for how they ended; made where it has others."""
-    path, encoding = subject.path("samples.bin"), subject.encoding
-    if os.path.exists(path) and os.path.getmtime(path) > subject.time:
-        stories = [encoding.decode(part.tolist()) for part in split_stories(np.fromfile(path, "<u2"), encoding.eot_token)]
-        beginnings = [prompt for prompt in prompts for _ in range(args.each)]
-        if len(stories) == len(beginnings) and all(map(str.startswith, stories, beginnings)):
-            texts = [story[len(prompt):] for story, prompt in zip(stories, beginnings)]
-            return [texts[i:i + args.each] for i in range(0, len(texts), args.each)]
-    found = complete(subject, prompts, args.each, args.max_tokens, "completing prompts")
-    keep_samples(subject, prompts, found)
-    return [[text for text, _ in some] for some in found]
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # memorisation
 
 
-def pick_stories(tokens, eot, n, least):
+def pick_stories(tokens, eot, n, least=75):
     """Up to n stories of `least` tokens or more, evenly spread over the file, of which little else is read."""
     found = {}
     for begin in np.linspace(0, len(tokens), n, endpoint=False).astype(int).tolist():
         part = np.asarray(tokens[begin:begin + 20_000])
-        ends = np.flatnonzero(part == eot)
+        ends = np.flatnonzero(part == eot).tolist()
         for a, b in zip(ends, ends[1:]):
             if b - a > least:
-                found[begin + int(a)] = part[a + 1:b].tolist()
+                found[begin + a] = part[a + 1:b].tolist()
                 break
     return list(found.values())
 
 
 def shared_runs(queries, tokens, n=5, piece=1 << 20):
-    """What each of the Q queries (lists of token ids) shares with `tokens`, which are read once, piece by piece: (the
-    length of its longest run of n or more tokens that stands there, else 0; the share of its runs of n that do).
+    """What each of Q queries (lists of token ids) shares with `tokens`, which are read once, piece by piece: (length
+    of its longest run of n or more tokens that stands there, else 0; share of its runs of n that do), (Q,) each.
 
-    Runs are known by 64-bit hashes that grow by one token at a time (Karp & Rabin 1987): a place that shares a run of k
-    with a query is tried for k + 1, and few are left soon."""
+    Runs are known by 64-bit hashes that grow by one token at a time (after Karp & Rabin 1987): a place that shares k
+    tokens with a query is tried for k + 1, and soon few are left."""
     values = np.random.default_rng(0).integers(1, 2**63, 2**16, np.uint64)  # a random number for each token
     factor, shift = np.uint64(0x9E3779B97F4A7C15), np.uint64(42)
-    flat, owner = np.concatenate(queries).astype(int), np.repeat(np.arange(len(queries)), list(map(len, queries)))
-    left = np.concatenate([np.arange(len(query), 0, -1) for query in queries])  # tokens to the end of the query
-    levels = []  # for runs of 1, 2, … tokens: hash of the run at each place in flat, those in order, which were found
-    longest = int(left.max())
+    flat = np.array([t for query in queries for t in query], int)
+    owner = np.repeat(np.arange(len(queries)), [len(query) for query in queries])
+    left = np.array([i for query in queries for i in range(len(query), 0, -1)])  # tokens to the end of the query
+    longest, levels = left.max(initial=0), []
 
     def level(k):
+        """For runs of k tokens: the hash of the one at each place of flat, those in order, and which were found."""
         while len(levels) < k:
             i = len(levels)
-            before = levels[-1][0] if i else np.zeros(len(flat), np.uint64)
-            hashes = before * factor + values[np.append(flat[i:], np.zeros(i, int))]
+            hashes = (levels[-1][0] if i else np.uint64(0)) * factor + values[np.append(flat[i:], np.zeros(i, int))]
             known = np.unique(hashes[left > i])
             levels.append((hashes, known, np.zeros(len(known), bool)))
         return levels[k - 1]
 
-    rough = np.zeros(2**22, bool)  # whether a hash begins with these 22 bits: rules out most places at little cost
+    if longest < n:
+        return np.zeros(len(queries), int), np.zeros(len(queries))
+    rough = np.zeros(2**22, bool)  # which first 22 bits a query's hash has: rules out most places at little cost
     rough[level(n)[1] >> shift] = True
     for begin in tqdm(range(0, len(tokens), piece), desc="comparing with train", leave=False, disable=None):
         part = values[tokens[begin:begin + piece + longest]]
-        hashes = np.zeros(max(0, min(piece, len(part) - n + 1)), np.uint64)
+        hashes, k = np.zeros(max(0, min(piece, len(part) - n + 1)), np.uint64), n
         for i in range(n):
             hashes = hashes * factor + part[i:i + len(hashes)]
-        where, k = np.flatnonzero(rough[hashes >> shift]), n
+        where = np.flatnonzero(rough[hashes >> shift])
         hashes = hashes[where]
         while len(where) and k <= longest:
             _, known, found = level(k)
             at = np.searchsorted(known, hashes).clip(max=len(known) - 1)
             same = known[at] == hashes
             found[at[same]] = True
+            same &= where + k < len(part)
             where, hashes = where[same], hashes[same]
-            inside = where + k < len(part)
-            where, hashes = where[inside], hashes[inside]
             hashes, k = hashes * factor + part[where + k], k + 1
-    reached, share = np.zeros(len(queries), int), None
-    for k, (hashes, known, found) in list(enumerate(levels, 1))[n - 1:]:
+    reached = np.zeros(len(queries), int)
+    for k in range(n, len(levels) + 1):
+        hashes, known, found = level(k)
         there = (left >= k) & found[np.searchsorted(known, hashes).clip(max=len(known) - 1)]
         reached[owner[there]] = k
         if k == n:
-            share = np.bincount(owner[there], minlength=len(queries)) / np.maximum(
-                1, np.bincount(owner[left >= n], minlength=len(queries)))
-    return reached, share
+            share = np.bincount(owner[there], minlength=len(queries))
+    return reached, share / np.maximum(1, np.bincount(owner[left >= n], minlength=len(queries)))
 
 
 def memorisation(subject, dataset, args):
-    """Beginnings (50 tokens) of 100 train stories, completed: how much of the true ending comes back, and what stands
+    """100 train stories completed from their first 50 tokens: how much of the true ending comes back, and what stands
     in any train story. The yardsticks: the same for validation stories, and how these really end."""
-    eot, encoding = load_meta(dataset)["eot"], load_tokenizer(dataset)
-    figures, queries, names = {}, [], []
+    encoding, figures, texts = load_tokenizer(dataset), {}, {}
     for split in ("train", "val"):
-        stories = pick_stories(load_tokens(dataset, split), eot, 100, 100)
-        if not stories:
-            return {}
-        told = [some[0][0] for some in complete(subject, [encoding.decode(s[:50]) for s in stories], 1, args.max_tokens,
-                                                f"completing {split} stories")]
-        endings = [encoding.decode(s[50:50 + args.max_tokens]) for s in stories]
-        both = [(Counter(runs_of(words_of(a), 2)), Counter(runs_of(words_of(b), 2))) for a, b in zip(told, endings)]
-        figures[f"Rouge-2 precision, completed {split}"] = interval([(a & b).total() for a, b in both],
-                                                                    [a.total() for a, _ in both])
-        for name, texts in ((f"completed {split}", told), ("true val endings", endings))[:1 + (split == "val")]:
-            queries += [encoding.encode_ordinary(text) for text in texts]
-            names += [name] * len(texts)
+        stories = pick_stories(load_tokens(dataset, split), encoding.eot_token, 100)
+        begins = [encoding.decode(story[:50]) for story in stories]
+        ends = [encoding.decode(story[50:50 + args.max_tokens]) for story in stories]
+        told = [subject.encoding.decode(ids) for ids, in complete(subject, begins, args.max_tokens,
+                                                                  title=f"completing {split} stories")]
+        pairs = [[Counter(runs_of(words_of(text), 2)) for text in both] for both in zip(told, ends)]
+        figures[f"Rouge-2 precision against the true ending, {split}"] = interval(
+            [(a & b).total() for a, b in pairs], [a.total() for a, b in pairs])
+        texts[f"{split} completed"] = told
+    texts["true endings of val"] = ends
+    queries = [encoding.encode_ordinary(text) for some in texts.values() for text in some]
     longest, share = shared_runs(queries, load_tokens(dataset, "train"))
-    for name in dict.fromkeys(names):
-        mine = np.array(names) == name
-        figures[f"5-grams of tokens found in train, {name}"] = interval(share[mine])
-        figures[f"longest run of tokens found in train, {name}"] = interval(longest[mine])
-        figures[f"… the longest of all, {name}"] = int(longest[mine].max())
+    owner = np.repeat(list(texts), [len(some) for some in texts.values()])
+    for name in texts:
+        figures[f"5-grams of tokens that stand in train, {name}"] = interval(share[owner == name])
+        figures[f"longest run that stands in train, {name}"] = interval(longest[owner == name])
+        figures[f"… the longest of all, {name}"] = int(longest[owner == name].max(initial=0))
     return figures
 
 
@@ -436,50 +425,43 @@ def memorisation(subject, dataset, args):
 
 
 def instructions(subject, dataset, args):
-    """Share of the words and sentences asked for that the story has, for fields that train has seen together and for
+    """Share of the words and sentences asked for that the story has, for fields that stood together in train and for
     those that were held out, on validation stories that were prepared with --instruct."""
     from generate import missing  # which knows the inflections
     meta, encoding = load_meta(dataset), load_tokenizer(dataset)
-    asked = {"seen": [], "held out": []}
+    hold_out, asked, figures = set(meta["instruct"]["hold_out"]), {"seen": [], "held-out": []}, {}
     for part in split_stories(np.asarray(load_tokens(dataset, "val")), meta["eot"]):
-        head, stop, _ = encoding.decode(part.tolist()).partition("Story:\n")
-        fields = {name.split()[-1].lower(): value for name, _, value in (line.partition(": ") for line in head.split("\n"))}
-        group = asked["held out" if meta["instruct"]["hold_out"] and set(meta["instruct"]["hold_out"]) <= set(fields)
-                      else "seen"]
-        if stop and len(group) < 60 and set(fields) & {"words", "sentence"}:
-            group.append((head + stop, fields))
-    figures = {}
+        head, end, _ = encoding.decode(part.tolist()).partition(instruction({}))
+        fields = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
+        fields = {name: fields[title] for name, title in INSTRUCTIONS.items() if title in fields}
+        group = asked["held-out" if hold_out and hold_out <= set(fields) else "seen"]
+        if end and len(group) < 60 and set(fields) & {"words", "sentence"}:
+            group.append((head + end, fields))
     for name, group in asked.items():
-        told = complete(subject, [prompt for prompt, _ in group], 1, args.max_tokens, "following instructions")
-        for field in ("words", "sentence"):
-            of, there = [], []
-            for (_, fields), ((text, _),) in zip(group, told):
-                if field == "words" and field in fields:
-                    words = fields[field].split(", ")
-                    of.append(len(words))
-                    there.append(len(words) - len(missing(words, text)))
-                elif field in fields:
-                    of.append(1)
-                    there.append(" ".join(fields[field].split()) in " ".join(text.split()))
-            if of:
-                figures[f"{field} used, {name} combinations"] = interval(there, of)
+        told = complete(subject, [prompt for prompt, _ in group], args.max_tokens, title="following instructions")
+        told = [subject.encoding.decode(ids) for ids, in told]
+        words = [(fields["words"].split(", "), text) for (_, fields), text in zip(group, told) if "words" in fields]
+        figures[f"words used, {name} combinations"] = interval(
+            [len(some) - len(missing(some, text)) for some, text in words], [len(some) for some, _ in words])
+        figures[f"sentences included, {name} combinations"] = interval(
+            [fields["sentence"] in text for (_, fields), text in zip(group, told) if "sentence" in fields])
     return figures
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# judge: the paper's procedure, in words of our own: an assessment first, then marks
+# judge: the paper's procedure in words of our own, and in one question: an assessment first, then marks
 
 
 MARKS, AGES = ("grammar", "creativity", "consistency", "plot"), dict(zip("ABCDEF", (3, 4.5, 6.5, 8.5, 11, 14.5)))
-QUESTION = """Below is the beginning of a story. It breaks off in the middle of a sentence, at the sign ***. A student was \
-asked to go on from there, and what follows the sign is the student's work.
+QUESTION = """Below is the beginning of a story. It breaks off in the middle of a sentence, at the sign ***. A student
+was asked to go on from there, and what follows the sign is the student's work.
 
 {} *** {}
 
-First write a short assessment of the student's part alone: is its grammar right, does it fit the beginning (does it also \
-finish the broken sentence well), does what happens make a story, are there ideas of its own in it? After that give marks \
-from 1 (worst) to 10 (best), and guess how old the student is: A: 3 or younger, B: 4 or 5, C: 6 or 7, D: 8 or 9, E: 10 to 12, \
-F: 13 to 16. End with exactly these five lines, each with your mark or letter:
+First write a short assessment of the student's part alone: is its grammar right, does it fit the beginning (does it
+also finish the broken sentence well), does what happens make a story, are there ideas of its own in it? After that
+give marks from 1 (worst) to 10 (best), and guess how old the student is: A: 3 or younger, B: 4 or 5, C: 6 or 7,
+D: 8 or 9, E: 10 to 12, F: 13 to 16. End with exactly these five lines, each with your mark or letter:
 Grammar:
 Creativity:
 Consistency with the beginning:
@@ -488,23 +470,24 @@ Age group:"""
 
 
 def read_marks(reply):
-    """{mark: number, "age": years} of a judge's reply; None where one is missing, or is none."""
+    """{mark: 1 to 10, "age": years} of a judge's reply; None where one is missing, or is none."""
     found = {}
     for name in (*MARKS, "age"):
-        what = r"([A-F])\b" if name == "age" else r"(\d+(?:\.\d+)?)"
+        what = r"([A-F])\b" if name == "age" else r"(10|[1-9](?:\.\d)?)(?![\d.]*\d)"
         lines = re.findall(rf"^\W*{name}\b[^:\n]*:\W*{what}", reply, re.MULTILINE | re.IGNORECASE)
-        if not lines or name != "age" and not 1 <= float(lines[-1]) <= 10:
+        if not lines:
             return None
         found[name] = AGES[lines[-1].upper()] if name == "age" else float(lines[-1])
     return found
 
 
 def controls(dataset, n=30):
-    """{name: [(beginning, ending)]}: how stories of the validation file end, how others do, and words in disorder."""
+    """{name: [(beginning, ending)]}: how validation stories end, how others of them do, and the words in disorder."""
     encoding = load_tokenizer(dataset)
-    stories = [encoding.decode(s) for s in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n, 100)]
+    stories = [encoding.decode(ids) for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n)]
+    stories = [story.split(instruction({}))[-1] for story in stories]
     cuts = [story.index(" ", len(story) // 3) for story in stories]
-    begins, ends = [s[:cut] for s, cut in zip(stories, cuts)], [s[cut + 1:] for s, cut in zip(stories, cuts)]
+    begins, ends = [s[:cut] for s, cut in zip(stories, cuts)], [s[cut:].strip() for s, cut in zip(stories, cuts)]
     mixed = [" ".join(random.Random(1).sample(end.split(), len(end.split()))) for end in ends]
     return {"true endings": list(zip(begins, ends)), "endings of others": list(zip(begins, ends[1:] + ends[:1])),
             "shuffled endings": list(zip(begins, mixed))}
@@ -514,35 +497,36 @@ async def ask_judge(questions, args, file):
     """Append the reply to each question {key: text} to the file as it comes; returns why some are missing, or ""."""
     import openai
     from generate import ask, cost, no_retry_without_quota
-    client = openai.AsyncOpenAI(base_url=args.base_url or None, timeout=120, max_retries=8,
-                                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
+    client = openai.AsyncOpenAI(
+        base_url=args.base_url or None, timeout=120, max_retries=8,
+        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
     limit = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
-    todo, bar, spent, why = list(questions.items())[::-1], tqdm(total=len(questions), desc=args.judge, disable=None), 0, ""
+    todo, spent, why = [(key, text, 2) for key, text in questions.items()], 0.0, ""
+    bar = tqdm(total=len(todo), desc=args.judge, disable=None)
 
     async def work():
         nonlocal spent, why
         while todo and not why:
-            key, question = todo.pop()
-            most = cost(args, len(question.encode()) + 50, 1000)
-            if spent + most > args.max_cost:  # what is under way is in `spent` at its most
-                why = why or f"the next reply might pass --max_cost={args.max_cost:g}"
+            key, text, tries = todo.pop()
+            most = cost(args, len(text.encode()) + 50, 1000)  # a token is at least one byte
+            if spent + most > args.max_cost:  # what is under way is in `spent`, at its most
+                why = f"the next reply might pass --max_cost={args.max_cost:g}"
                 return
             spent += most
-            for _ in range(2):  # a reply without marks is asked for once more
-                try:
-                    text, finish, _, model, *tokens = await ask(client, {"model": args.judge, limit: 1000}, question)
-                except openai.APIError as e:
-                    why = why or f"{client.base_url.host}: {e}".replace(client.api_key, "(key)")[:300]
-                    return
-                spent += cost(args, *tokens) - most
-                most = 0
-                marks = read_marks(text)
-                file.write(json.dumps({"key": key, "judge": args.judge, "model": model, "reply": text, "marks": marks,
-                                       "finish": finish, "tokens": tokens}, ensure_ascii=False) + "\n")
-                file.flush()
-                if marks:
-                    break
-            bar.update()
+            try:
+                reply, finish, _, model, *tokens = await ask(client, {"model": args.judge, limit: 1000}, text)
+            except openai.APIError as e:  # the client has tried again, in vain
+                why = f"{client.base_url.host}: {e}".replace(client.api_key, "(key)")[:300]
+                return
+            spent += cost(args, *tokens) - most
+            marks = read_marks(reply)
+            file.write(json.dumps({"key": key, "judge": args.judge, "model": model, "reply": reply, "marks": marks,
+                                   "finish": finish, "tokens": tokens}, ensure_ascii=False) + "\n")
+            file.flush()
+            if marks or tries == 1:
+                bar.update()
+            else:
+                todo.append((key, text, 1))  # a reply without marks is asked for once more
 
     await asyncio.gather(*(work() for _ in range(args.concurrency)))
     bar.close()
@@ -553,47 +537,50 @@ async def ask_judge(questions, args, file):
 def judge(subject, prompts, args):
     """Marks for the completions of the prompts, and for the controls, which the judge is shown among them."""
     from generate import cost, records
-    kept = kept_samples(subject, prompts, args)
-    asked = {"": [[(prompt, text) for text in some] for prompt, some in zip(prompts, kept)],
-             **{name: [[pair] for pair in pairs] for name, pairs in controls(subject.datasets[0]).items()}}
+    found = samples(subject, prompts, args, again=False)
+    told = [[(prompt, subject.encoding.decode(ids)) for ids in some] for prompt, some in zip(prompts, found)]
+    control = {name: [[pair] for pair in pairs] for name, pairs in controls(subject.datasets[0]).items()}
+    groups = {"": told, **control}  # {name: [[(beginning, ending), …] of each prompt]}
+
     def key_of(pair):
         return hashlib.sha256(f"{args.judge}\n{QUESTION.format(*pair)}".encode()).hexdigest()[:32]
-    pairs = {key_of(pair): pair for groups in asked.values() for some in groups for pair in some}
+
+    def read(paths):
+        lines = [record for path in paths if os.path.exists(path) for record in records(path)]
+        return {r["key"]: r["marks"] for r in sorted(lines, key=lambda r: bool(r["marks"]))}
+
+    pairs = {key_of(pair): pair for group in groups.values() for some in group for pair in some}
     path = subject.path("judge.jsonl")
-    replies = {}
-    for known in {path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}:  # other runs have had the same controls
-        if os.path.exists(known):
-            replies.update({r["key"]: r["marks"] for r in records(known) if r["key"] not in replies or r["marks"]})
-    questions = {key: QUESTION.format(*pairs[key]) for key in sorted(pairs) if key not in replies}  # in random order
+    files = {path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}  # other runs were given the same controls
+    replies = read(files)
+    questions = {key: QUESTION.format(*pairs[key]) for key in sorted(pairs) if key not in replies}  # a random order
     if questions:
-        size = sum(map(len, questions.values())) // 4
-        print(f"{len(questions):,} replies to ask for, {len(pairs) - len(questions):,} known: about {size:,} tokens in, "
-              f"{300 * len(questions):,} out" + (f", ${cost(args, size, 300 * len(questions)):.2f}"
-                                                 if args.price_in + args.price_out else ""))
+        tokens = sum(map(len, questions.values())) // 4, 300 * len(questions)
+        print(f"{len(questions):,} questions to {args.judge}, {len(pairs) - len(questions):,} replies known: about "
+              "{:,} tokens in, {:,} out".format(*tokens) + f", ${cost(args, *tokens):.2f}" * (args.price_out > 0))
         if not os.environ.get("OPENAI_API_KEY", "").strip():
             sys.exit("OPENAI_API_KEY is not set: export OPENAI_API_KEY=… (most local servers take any word)")
         with open(path, "a", encoding="utf-8") as file:
-            why = asyncio.run(ask_judge(questions, args, file))
-        if why:
-            sys.exit(f"{why}\nreplies so far are in {path}: the same command goes on")
-        replies.update({r["key"]: r["marks"] for r in records(path) if r["marks"] or r["key"] not in replies})
-    figures, means = {"judge": args.judge}, {}
-    for name, groups in asked.items():
-        marks = [[found for pair in some if (found := replies[key_of(pair)])] for some in groups]
+            if why := asyncio.run(ask_judge(questions, args, file)):
+                sys.exit(f"{why}\nthe replies so far are in {path}: the same command goes on")
+        replies = read(files)
+    figures, unfit = {"judge": args.judge}, []
+    marks = {name: [[m for pair in some if (m := replies[key_of(pair)])] for some in group]
+             for name, group in groups.items()}
+    for name, group in marks.items():
         for mark in (*MARKS, "age"):
-            if any(marks):
-                figures[f"{mark}{name and ', ' + name}"] = interval([sum(m[mark] for m in some) for some in marks],
-                                                                    list(map(len, marks)))
-            means[name, mark] = [np.mean([m[mark] for m in some]) if some else np.nan for some in marks]
+            figures[mark + (name and ", " + name)] = interval([sum(m[mark] for m in some) for some in group],
+                                                              list(map(len, group)))
+    # who can judge marks the endings of other stories down for consistency, and words in disorder for grammar
+    for mark, other in (("consistency", "endings of others"), ("grammar", "shuffled endings")):
+        more = interval([a[0][mark] - b[0][mark] for a, b in zip(marks["true endings"], marks[other]) if a and b])
+        figures[f"{mark}, true endings over {other}"] = more
+        if not more or more[1] <= 0:
+            unfit.append(f"{mark} does not put true endings over {other}")
+    if unfit:
+        figures["judge"] += " (unfit)"
+        print(f"{args.judge} is unfit to judge: its {' and its '.join(unfit)}")
     figures["replies without marks"] = sum(not replies[key] for key in pairs)
-    # a judge that can be used marks other stories' endings down for consistency, and disorder for grammar
-    for mark, control in (("consistency", "endings of others"), ("grammar", "shuffled endings")):
-        less = np.subtract(means["true endings", mark], means[control, mark])
-        figures[f"{mark}: true endings over {control}"] = interval(less[~np.isnan(less)]) if (~np.isnan(less)).any() \
-            else [0.0, 0.0, 0.0]
-        if figures[f"{mark}: true endings over {control}"][1] <= 0:
-            figures["judge"] = f"{args.judge} (unfit)"
-            print(f"{args.judge} is unfit as a judge: for {mark} it does not put true endings over {control}")
     return figures
 
 
@@ -602,7 +589,7 @@ def judge(subject, prompts, args):
 
 
 class Published(torch.nn.Module):
-    """A causal language model of transformers' behind the surface of our GPT, as far as `score` and `generate` use it."""
+    """A language model of transformers' behind the surface of our GPT, as far as `score` and `generate` use it."""
 
     def __init__(self, inner, bos, eot):
         super().__init__()
@@ -640,22 +627,23 @@ def load_published(name, device, args):
         inner = transformers.AutoModelForCausalLM.from_pretrained(name).float().to(device).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or name)
     except (OSError, ValueError, ImportError) as e:
-        sys.exit(f"hf:{name} cannot be loaded: {str(e).strip().splitlines()[0]} (where it lacks a tokenizer, name a model "
-                 "that has it, such as --tokenizer=EleutherAI/gpt-neo-125M)")
+        sys.exit(f"hf:{name} cannot be loaded: {str(e).strip().splitlines()[0]} (where it lacks a tokenizer, name "
+                 "another model's, such as --tokenizer=EleutherAI/gpt-neo-125M)")
     eot = tokenizer.eos_token_id
     bos = eot if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    encoding = SimpleNamespace(eot_token=eot, decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-                               encode_ordinary=lambda text: tokenizer.encode(text, add_special_tokens=False))
+    encoding = SimpleNamespace(eot_token=eot,
+                               encode_ordinary=lambda text: tokenizer.encode(text, add_special_tokens=False),
+                               decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     return Published(inner, bos, eot), encoding
 
 
 def load(name, device, args):
-    """What is graded: model, encoding, the tokenizer's hash, datasets, the checkpoint's time, what is told of it, and
-    path(file), which says where a file about it goes."""
+    """What is graded: model, encoding, the tokenizer's hash, datasets, what the model expects before a story, the
+    checkpoint's time, what to tell about it, and path(file), which says where a file about it goes."""
     if name.startswith("hf:"):
         model, encoding = load_published(name[3:], device, args)
         folder, prefix, when = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/"))), "", 0
-        checkpoint = {"datasets": [], "tokenizer": None}
+        checkpoint = {"tokenizer": None}
         os.makedirs(folder, exist_ok=True)
     else:
         model, checkpoint = load_model(name, device)
@@ -663,11 +651,13 @@ def load(name, device, args):
         folder, prefix = (os.path.dirname(name), os.path.basename(name)[:-2]) if whole else (name, "")
         encoding, when = make_encoding(load_ranks(folder)), os.path.getmtime(name if whole else f"{name}/ckpt.pt")
         if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
-            sys.exit(f"{folder}/tokenizer.tiktoken is not the one this model was trained with: copy it from its dataset")
+            sys.exit(f"{folder}/tokenizer.tiktoken is not the one of this model: copy it from its dataset")
+    datasets = [args.dataset] if args.dataset else checkpoint["datasets"]
+    instructed = not name.startswith("hf:") and any(load_meta(dataset)["instruct"] for dataset in datasets)
     about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
              "context": model.config.block_size, "step": checkpoint.get("step")}
     return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], folder=folder, time=when,
-                           datasets=[args.dataset] if args.dataset else checkpoint["datasets"], about=about,
+                           datasets=datasets, before=instruction({}) if instructed else "", about=about,
                            path=lambda file: os.path.join(folder, prefix + file))
 
 
@@ -677,59 +667,51 @@ def load(name, device, args):
 
 def describe(path):
     """{figure: text} of a file of stories: how many, how alike, and what their records say of them."""
-    stories, words, copies, near, once, used, asked = 0, 0, 0, 0, 0, 0, 0
-    seen, runs, grams = set(), {}, [set() for _ in range(4)]
-    vocabulary, plain = Counter(), Counter()
-    starts, openings, capitals, features, skills = Counter(), Counter(), Counter(), Counter(), Counter()
-    gram_words = 0
+    from generate import missing  # which knows the inflections
+    n, seen, runs, grams = Counter(), set(), {}, [set() for _ in range(4)]
+    vocabulary, plain, starts, openings, capitals, features, skills = (Counter() for _ in range(7))
     for record in read_records(path):
-        story = record["story"]
+        story, asked = record["story"], record.get("words") or []
         found = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", story)
         small = [word.lower() for word in found]
-        copies += (key := fingerprint(story)) in seen
-        seen.add(key)
         # of all runs of eight words one in sixteen is kept, the same ones in every story
-        kept = [run for run in (zlib.crc32(" ".join(small[i:i + 8]).encode()) for i in range(len(small) - 7))
-                if run % 16 == 0]
-        shared = Counter(runs[run] for run in kept if run in runs)
-        near += bool(shared) and shared.most_common(1)[0][1] > len(kept) / 2
+        kept = [run for run in (zlib.crc32(" ".join(some).encode()) for some in runs_of(small, 8)) if run % 16 == 0]
+        shared = Counter(runs[run] for run in kept if run in runs).most_common(1)
+        key = fingerprint(story)
+        if n["gram words"] < 100_000:
+            for i in range(4):
+                grams[i].update(runs_of(small, i + 1))
+            n["gram words"] += len(small)
+        n.update({"copies": key in seen, "near": bool(shared) and shared[0][1] > len(kept) / 2, "words": len(found),
+                  "once": "Once upon a time" in story, "asked": len(asked), "missing": len(missing(asked, story))})
         for run in kept:
-            runs.setdefault(run, stories)
-        if gram_words < 100_000:
-            for n in range(4):
-                grams[n].update(zip(*(small[i:] for i in range(n + 1))))
-            gram_words += len(small)
+            runs.setdefault(run, n["stories"])
+        n["stories"] += 1
+        seen.add(key)
         vocabulary.update(small)
         plain.update(word for word in found if word.islower())
         openings[re.split(r"(?<=[.!?])[\"”]?\s", story.strip(), maxsplit=1)[0]] += 1
-        once += "Once upon a time" in story
         starts[" ".join(found[:4])] += 1
         capitals.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", story)))
         features.update(record.get("features") or ())
         skills.update(span["skill"] for span in record.get("spans") or ())
-        if record.get("words"):
-            from generate import missing  # which knows the inflections
-            asked += len(record["words"])
-            used += len(record["words"]) - len(missing(record["words"], story))
-        stories, words = stories + 1, words + len(found)
-    if not stories:
+    if not n["stories"]:
         sys.exit(f"{path} holds no story")
-    share = lambda n: f"{100 * n / stories:.2f} %"
-    names = sorted((name for name in capitals if plain[name.lower()] < capitals[name] / 10), key=lambda name: -capitals[name])[:3]
-    figures = {"stories": f"{stories:,}", "words a story": f"{words / stories:.0f}",
-               "distinct words": f"{len(vocabulary):,}", "exact copies": share(copies), "near-copies": share(near),
-               "most common first sentence": share(openings.most_common(1)[0][1])}
-    for i, (start, n) in enumerate(starts.most_common(3), 1):
-        figures[f"opening {i}"] = f"{start} {share(n)}"
-    figures["with Once upon a time"] = share(once)
-    for i, name in enumerate(names, 1):
-        figures[f"name {i}"] = f"{name} {share(capitals[name])}"
-    for n in range(4):
-        figures[f"distinct {n + 1}-grams per 100,000 words"] = f"{len(grams[n]) * 1e5 / gram_words:,.0f}"
-    if asked:
-        figures["requested words used"] = f"{100 * used / asked:.1f} %"
-    figures.update({f"feature {name}": share(n) for name, n in sorted(features.items())})
-    figures.update({f"{skill} words per 100 words": f"{100 * n / words:.2f}" for skill, n in skills.items()})
+    def share(count):
+        return f"{100 * count / n['stories']:.2f} %"
+    names = [(name, count) for name, count in capitals.most_common() if plain[name.lower()] < count / 10][:3]
+    figures = {"stories": f"{n['stories']:,}", "words a story": f"{n['words'] / n['stories']:.0f}",
+               "distinct words": f"{len(vocabulary):,}", "exact copies": share(n["copies"]),
+               "near-copies": share(n["near"]), "most common first sentence": share(openings.most_common(1)[0][1])}
+    figures.update({f"opening {i}": f"{a} {share(m)}" for i, (a, m) in enumerate(starts.most_common(3), 1)})
+    figures["with Once upon a time"] = share(n["once"])
+    figures.update({f"name {i}": f"{name} {share(m)}" for i, (name, m) in enumerate(names, 1)})
+    figures.update({f"distinct {i}-grams per 100,000 words": f"{len(some) * 1e5 / n['gram words']:,.0f}"
+                    for i, some in enumerate(grams, 1)})
+    if n["asked"]:
+        figures["requested words used"] = f"{100 - 100 * n['missing'] / n['asked']:.1f} %"
+    figures.update({f"feature {name}": share(m) for name, m in sorted(features.items())})
+    figures.update({f"{skill} words per 100 words": f"{100 * m / n['words']:.2f}" for skill, m in skills.items()})
     return figures
 
 
@@ -739,45 +721,51 @@ def compare_stories(paths):
         if not os.path.isfile(path):
             sys.exit(f"no file {path}: name .jsonl or .txt files of stories")
     columns = [describe(path) for path in paths]
-    rows = list(dict.fromkeys(name for column in columns for name in column))
-    table = [["", *paths]] + [[name, *(column.get(name, "–") for column in columns)] for name in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for name, *cells in table:
-        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+    print_table([["", *paths]] + [[name, *(column.get(name, "–") for column in columns)]
+                                  for name in dict.fromkeys(name for column in columns for name in column)])
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # charts: inline SVG in one page that fetches nothing, needs no script, and follows the reader's light or dark
 
-STYLE = """:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #d8d8d8; --c0: #0b62b0; --c1: #c2500a;
---c2: #1a7f4b; --c3: #a2347f; --c4: #6d5a00; --c5: #0b7d8c; --c6: #b3262e; --c7: #5b4bb5 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --faint: #444; --c0: #6cb6ff; --c1: #ff9d57;
---c2: #5fd08f; --c3: #f08cd0; --c4: #e0c94a; --c5: #56d3e0; --c6: #ff8a8a; --c7: #b4a7ff } }
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #d8d8d8; --c0: #0b62b0; --c1: #c2500a;
+  --c2: #1a7f4b; --c3: #a2347f; --c4: #6d5a00; --c5: #0b7d8c; --c6: #b3262e; --c7: #5b4bb5 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --faint: #444; --c0: #6cb6ff;
+  --c1: #ff9d57; --c2: #5fd08f; --c3: #f08cd0; --c4: #e0c94a; --c5: #56d3e0; --c6: #ff8a8a; --c7: #b4a7ff } }
 body { margin: 0 auto; max-width: 68rem; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif;
-color: var(--ink); background: var(--paper) }
+  color: var(--ink); background: var(--paper) }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem 2rem }
 figure { margin: 0 } figcaption { font-weight: 600 } svg { display: block; width: 100% } svg text { fill: var(--ink) }
 .legend { font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 1rem } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums } td, th { padding: .2rem .6rem;
-text-align: right; border-bottom: 1px solid var(--faint) } th:first-child, td:first-child { text-align: left }"""
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin-top: 2rem }
+td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
+th:first-child, td:first-child { text-align: left; white-space: normal }
+"""
 
 
 def page(title, body):
     """A page of HTML around a body of HTML; the title is escaped here."""
-    return (f"<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" "
-            f"content=\"width=device-width, initial-scale=1\">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n"
-            f"<h1>{escape(title)}</h1>\n{body}\n</html>\n")
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+<h1>{escape(title)}</h1>
+{body}
+</html>
+"""
 
 
 def ticks(low, high, log):
-    """Four or so round numbers between low and high: steps of 1, 2 or 5 times a power of ten."""
+    """Some three to six round numbers between low and high: steps of 1, 2 or 5 times a power of ten."""
     if log:
+        few = high / low < 200
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        few = high / low < 50
-        return [m * 10.0 ** e for e in powers for m in ((1, 2, 5) if few else (1,)) if low <= m * 10.0 ** e <= high]
-    step = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5)
-    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        marks = (m * 10.0 ** e for e in powers for m in ((1, 2, 5) if few else (1,)))
+        return [m for m in marks if low <= m <= high]
+    step = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
+    return [round(step * i, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def short(value):
@@ -790,89 +778,47 @@ def chart(title, x_label, y_label, series, log_x=False, lines=True):
     """HTML of a figure with a line or dots a series: {name: [(x, y)]}, or [(x, low, y, high)] with intervals.
 
     Text is escaped; where no series has a point, "" comes back."""
-    series = {name: sorted((p if len(p) == 4 else (p[0], p[1], p[1], p[1])) for p in points
-                           if not log_x or p[0] > 0) for name, points in series.items()}
+    series = {name: sorted((p[0], p[1], p[len(p) // 2], p[-1]) for p in points if not log_x or p[0] > 0)
+              for name, points in series.items()}
     points = [p for some in series.values() for p in some]
     if not points:
         return ""
-    at = math.log10 if log_x else float
     x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-    x0, x1 = (x0 / 1.1, x1 * 1.1) if log_x else (x0, x1) if x0 < x1 else (x0 - 1, x1 + 1)
+    x0, x1 = (x0 / 1.2, x1 * 1.2) if log_x else (x0, x1) if x0 < x1 else (x0 - 1, x1 + 1)
     y0, y1 = min(p[1] for p in points), max(p[3] for p in points)
     room = 0.05 * (y1 - y0) or 0.1 * abs(y1) or 1
     y0, y1 = y0 - room, y1 + room
+    at = math.log if log_x else float
     def x_of(x):
         return round(48 + 362 * (at(x) - at(x0)) / (at(x1) - at(x0)), 1)
     def y_of(y):
         return round(240 - 220 * (y - y0) / (y1 - y0), 1)
-    out = [f"<figure><figcaption>{escape(title)}</figcaption><svg viewBox=\"0 0 420 284\" font-size=\"12\" role=\"img\" "
-           f"aria-label=\"{escape(title)}\">"]
-    for t in ticks(y0, y1, False):
-        out.append(f"<path d=\"M48 {y_of(t)}H410\" stroke=\"var(--faint)\"/><text x=\"43\" y=\"{y_of(t) + 4}\" "
-                   f"text-anchor=\"end\">{short(round(t, 9))}</text>")
-    for t in ticks(x0, x1, log_x):
-        out.append(f"<path d=\"M{x_of(t)} 240v5\" stroke=\"var(--ink)\"/><text x=\"{x_of(t)}\" y=\"258\" "
-                   f"text-anchor=\"middle\">{short(round(t, 9))}</text>")
-    out.append(f"<path d=\"M48 240H410\" stroke=\"var(--ink)\"/><text x=\"410\" y=\"277\" text-anchor=\"end\">"
-               f"{escape(x_label)}</text><text x=\"5\" y=\"12\">{escape(y_label)}</text>")
+    out = [f'<figure><figcaption>{escape(title)}</figcaption>'
+           f'<svg viewBox="0 0 420 284" font-size="12" role="img" aria-label="{escape(title)}">']
+    for y in ticks(y0, y1, False):
+        out.append(f'<path d="M48 {y_of(y)}H410" stroke="var(--faint)"/>'
+                   f'<text x="43" y="{y_of(y) + 4}" text-anchor="end">{short(y)}</text>')
+    for x in ticks(x0, x1, log_x):
+        out.append(f'<path d="M{x_of(x)} 240v5" stroke="var(--ink)"/>'
+                   f'<text x="{x_of(x)}" y="258" text-anchor="middle">{short(x)}</text>')
+    out.append(f'<path d="M48 240H410" stroke="var(--ink)"/><text x="5" y="12">{escape(y_label)}</text>'
+               f'<text x="410" y="278" text-anchor="end">{escape(x_label)}</text>')
     legend = []
     for i, (name, some) in enumerate(series.items()):
         colour = f"var(--c{i % 8})"
-        dashes = f" stroke-dasharray=\"{4 * (i // 8)} 3\"" if i >= 8 else ""
-        legend.append(f"<span><span style=\"color: {colour}\">●</span> {escape(name)}</span>")
-        if lines:
-            path = "L".join(f"{x_of(x)} {y_of(y)}" for x, _, y, _ in some)
-            out.append(f"<path d=\"M{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.8\"{dashes}/>")
-        if not lines or len(some) <= 40:  # a log of a thousand points is a line alone
-            for x, low, y, high in some:
-                out.append(f"<g stroke=\"{colour}\" fill=\"{colour}\"><title>{escape(name)}: {x:,g}, {y:.4g}</title>"
-                           + f"<path d=\"M{x_of(x)} {y_of(low)}V{y_of(high)}\"/>" * (low < high)
-                           + f"<circle cx=\"{x_of(x)}\" cy=\"{y_of(y)}\" r=\"2.5\"/></g>")
-    return "".join(out) + f"</svg><div class=\"legend\">{' '.join(legend)}</div></figure>\n"
+        legend.append(f'<span><span style="color: {colour}">●</span> {escape(name)}</span>')
+        if lines and some:
+            line, dashes = "L".join(f"{x_of(x)} {y_of(y)}" for x, _, y, _ in some), ' stroke-dasharray="4"' * (i > 7)
+            out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
+        for x, low, y, high in some if len(some) <= 40 or not lines else ():  # a long log is a line alone
+            bar = f'<path d="M{x_of(x)} {y_of(low)}V{y_of(high)}"/>' * (low < high)
+            out.append(f'<g stroke="{colour}" fill="{colour}"><title>{escape(name)}: {x:,g}, {y:.4g}</title>{bar}'
+                       f'<circle cx="{x_of(x)}" cy="{y_of(y)}" r="2.5"/></g>')
+    return "".join(out) + f'</svg><div class="legend">{" ".join(legend)}</div></figure>\n'
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# the stage
-
-
-def steps(subject, probes, device):
-    """{skill: [(step, low, share of probes passed, high)]} of the checkpoints that train.py --keep=log leaves."""
-    spans = {name: read_spans(name, 100) for name in subject.datasets}
-    found = defaultdict(list)
-    for path in tqdm(sorted(glob.glob(os.path.join(glob.escape(subject.folder), "ckpt-*.pt"))), desc="checkpoints",
-                     leave=False, disable=None):
-        model, checkpoint = load_model(path, device)
-        for suffix, some in (("", probes), *((f" ({name})", some) for name, some in spans.items() if some)):
-            passed = passes(model, subject.encoding, some)
-            for skill in dict.fromkeys(p["skill"] for p in some):
-                share, low, high = interval([x for x, p in zip(passed, some) if p["skill"] == skill])
-                found[skill + suffix].append((checkpoint["step"], low, share, high))
-    return found
-
-
-def sections(subject, wanted, probes, prompts, device, args):
-    """Yield (title, figures) of every section that is wanted, and that this model can be asked for."""
-    spans = {name: read_spans(name, args.spans, by="kind") for name in subject.datasets if "probes" in wanted}
-    for name in subject.datasets if "loss" in wanted else ():
-        yield f"loss on {name}", loss(subject, name)
-    if "probes" in wanted:
-        first = subject.datasets[0]
-        counts = count_phrases({c for p in probes + spans[first] for c in p["right"] + p["wrong"]}, first)
-        yield "probes", grade_probes(subject, probes, counts)
-        for name in subject.datasets:
-            if spans[name]:
-                yield f"spans of {name}", grade_probes(subject, spans[name], counts)
-    if "completions" in wanted:
-        yield "completions", completions(subject, prompts, args)
-    for name in subject.datasets:
-        if "memorisation" in wanted:
-            yield f"memorisation of {name}", memorisation(subject, name, args)
-        if "instructions" in wanted and load_meta(name)["instruct"]:
-            yield f"instructions of {name}", instructions(subject, name, args)
-    if "steps" in wanted and glob.glob(os.path.join(glob.escape(subject.folder), "ckpt-*.pt")):
-        yield "steps", steps(subject, probes, device)
-    if "judge" in wanted:
-        yield "judge", judge(subject, prompts, args)
+# tables, and the page that compares runs
 
 
 def write_whole(path, text):
@@ -882,21 +828,22 @@ def write_whole(path, text):
 
 
 def cell(name, value):
+    """A figure of eval.json as text: [value, low, high], a number, text, or nothing."""
     if isinstance(value, list):
         digits = 4 if name.startswith("val_") else 3 if abs(value[0]) < 10 else 1
-        return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
-    return value if isinstance(value, str) else "–" if value is None else f"{value:,.4g}" if isinstance(value, float) \
-        else f"{value:,}"
+        return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits)
+    if value is None or isinstance(value, str):
+        return value or "–"
+    return f"{value:,.4g}" if value % 1 else f"{value:,}"
 
 
 def table(results):
-    """Rows of text: a figure each, with a cell for each run; and rows of a title alone."""
+    """Rows of text from {run: {section: {figure: value}}}: a figure with a cell a run, or a section's name alone."""
     rows = [["", *results]]
     for title in dict.fromkeys(title for result in results.values() for title in result if title != "steps"):
-        rows.append([title])
         parts = [result.get(title, {}) for result in results.values()]
-        rows += [["  " + name, *(cell(name, part.get(name)) for part in parts)]
-                 for name in dict.fromkeys(name for part in parts for name in part)]
+        rows += [[title]] + [["  " + name, *(cell(name, part.get(name)) for part in parts)]
+                             for name in dict.fromkeys(name for part in parts for name in part)]
     return rows
 
 
@@ -907,34 +854,79 @@ def print_table(rows):
 
 
 def compare(results, folders):
-    """The page that shows several runs side by side: charts of sizes, steps, tokens and minutes, and the table."""
-    charts, sizes = [], {name: result["model"]["parameters"] for name, result in results.items()}
+    """The page: charts of skill and loss against size, step, tokens and minutes, and the table."""
+    charts, size, logs = [], "parameters without embedding and head", {}
     titles = dict.fromkeys(title for result in results.values() for title in result)
+
+    def by_size(title, figure):
+        return [(result["model"]["parameters"], value[1], value[0], value[2]) for result in results.values()
+                if (value := result.get(title, {}).get(figure))]
+
     for title in titles:
         if title.startswith(("probes", "spans")):
-            series = {skill: [(sizes[name], *np.array(result[title][skill])[[1, 0, 2]].tolist())
-                              for name, result in results.items() if skill in result.get(title, ())]
-                      for skill in SKILLS[1:]}
-            charts.append(chart(f"{title}: skill against size", "parameters without embedding and head",
-                                "share passed", series, log_x=True))
+            skills = dict.fromkeys(name for result in results.values() for name in result.get(title, ())
+                                   if not re.search("[,:]", name))
+            charts.append(chart(f"{title}: skill against size", size, "share passed",
+                                {skill: by_size(title, skill) for skill in skills}, log_x=True))
     for name, result in results.items():
-        if "steps" in result:
-            charts.append(chart(f"{name}: skill against training", "step", "share passed", result["steps"], log_x=True))
-    logs = {}
-    for name, folder in folders.items():
-        if os.path.exists(os.path.join(folder, "log.jsonl")):
-            with open(os.path.join(folder, "log.jsonl")) as f:
+        charts.append(chart(f"{name}: skill against step", "step", "share passed", result.get("steps", {}), True))
+        if os.path.exists(log := os.path.join(folders[name], "log.jsonl")):
+            with open(log) as f:
                 logs[name] = [record for record in map(json.loads, f) if "val_bpb" in record]
     for label, key, unit in (("tokens", "tokens", 1), ("minutes", "seconds", 60)):
         charts.append(chart(f"bits per byte against {label}", label, "val_bpb",
                             {name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}))
-    bpb = {title: [(sizes[name], *np.array(result[title]["val_bpb"])[[1, 0, 2]].tolist())
-                   for name, result in results.items() if title in result] for title in titles if title[:4] == "loss"}
-    charts.append(chart("bits per byte against size", "parameters without embedding and head", "val_bpb", bpb, log_x=True))
-    rows = "".join("<tr>" + "".join(f"<{tag}>{escape(text.strip())}</{tag}>" for text in row) + "</tr>\n"
-                   for row in table(results) for tag in ("th" if len(row) == 1 or not row[0] else "td",))
-    return page("Models compared", f'<div class="charts">\n{"".join(charts)}</div>\n<div class="scroll"><table>\n{rows}'
-                "</table></div>\n<p>In brackets: 95 % intervals, bootstrapped over stories, probes or prompts.</p>")
+    charts.append(chart("bits per byte against size", size, "val_bpb", {
+        title: by_size(title, "val_bpb") for title in titles if title.startswith("loss")}, log_x=True))
+    rows = ["<tr>" + (f"<th colspan={1 + len(results)}>{escape(row[0])}" if len(row) == 1 else
+                      "".join(f"<td>{escape(text)}" for text in row)) for row in table(results)]
+    return page("Models compared", '<div class="charts">\n' + "".join(charts) + '</div>\n<div class="scroll"><table>\n'
+                + "\n".join(rows) + "\n</table></div>\n<p>In brackets: 95 % intervals, bootstrapped over stories, "
+                "probes or prompts.</p>")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+def steps(subject, paths, probes, device):
+    """{skill: [(step, low, share of probes passed, high)]} of the checkpoints that train.py --keep=log leaves."""
+    found, sets = defaultdict(list), {"": probes, **{f" ({d})": read_spans(d, 100) for d in subject.datasets}}
+    for path in tqdm(paths, desc="checkpoints", leave=False, disable=None):
+        model, checkpoint = load_model(path, device)
+        for name, some in sets.items():
+            passed = passes(model, subject.encoding, some) if some else []
+            for skill in dict.fromkeys(p["skill"] for p in some):
+                share, low, high = interval([x for x, p in zip(passed, some) if p["skill"] == skill])
+                found[skill + name].append((checkpoint["step"], low, share, high))
+    return found
+
+
+def sections(subject, wanted, probes, prompts, device, args):
+    """Yield (title, figures) of every section that is wanted, and that this model can be asked for."""
+    probes = [{**probe, "prompt": subject.before + probe["prompt"]} for probe in probes]
+    checkpoints = sorted(glob.glob(os.path.join(glob.escape(subject.folder), "ckpt-*.pt")))
+    for name in subject.datasets:
+        if "loss" in wanted:
+            yield f"loss on {name}", loss(subject, name)
+    if "probes" in wanted:
+        sets = {"probes": probes, **{f"spans of {d}": read_spans(d, args.spans, by="kind") for d in subject.datasets}}
+        counts = count_phrases({c for some in sets.values() for p in some for c in p["right"] + p["wrong"]},
+                               subject.datasets[0])
+        for title, some in sets.items():
+            if some:
+                yield title, grade_probes(subject, some, counts)
+    if "completions" in wanted:
+        yield "completions", completions(subject, prompts, args)
+    for name in subject.datasets:
+        if "memorisation" in wanted:
+            yield f"memorisation of {name}", memorisation(subject, name, args)
+        if "instructions" in wanted and load_meta(name)["instruct"]:
+            yield f"instructions of {name}", instructions(subject, name, args)
+    if "steps" in wanted and checkpoints:
+        yield "steps", steps(subject, checkpoints, probes, device)
+    if "judge" in wanted:
+        yield "judge", judge(subject, prompts, args)
 
 
 def main(argv=None):
