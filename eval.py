@@ -35,6 +35,7 @@ from sample import generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
+ORDER = ("model", "loss", "probes", "spans", *SECTIONS[2:])  # of eval.json; spans are the dataset's own probes
 
 
 def interval(top, bottom=None):
@@ -396,13 +397,13 @@ def shared_runs(queries, tokens, n=5, piece=1 << 20):
 
 
 def memorisation(subject, dataset, args):
-    """100 train stories completed from their first 50 tokens: how much of the true ending comes back, and what stands
+    """100 train stories completed from their first words: how much of the true ending comes back, and what stands
     in any train story. The yardsticks: the same for validation stories, and how these really end."""
     encoding, figures, texts = load_tokenizer(dataset), {}, {}
     for split in ("train", "val"):
         stories = pick_stories(load_tokens(dataset, split), encoding.eot_token, 100)
-        begins = [encoding.decode(story[:50]) for story in stories]
-        ends = [encoding.decode(story[50:50 + args.max_tokens]) for story in stories]
+        begins = [encoding.decode(story[:50]).rpartition(" ")[0] for story in stories]
+        ends = [encoding.decode(story[:50 + args.max_tokens])[len(begin):] for story, begin in zip(stories, begins)]
         told = [subject.encoding.decode(ids) for ids, in complete(subject, begins, args.max_tokens,
                                                                   title=f"completing {split} stories")]
         pairs = [[Counter(runs_of(words_of(text), 2)) for text in both] for both in zip(told, ends)]
@@ -638,27 +639,31 @@ def load_published(name, device, args):
 
 
 def load(name, device, args):
-    """What is graded: model, encoding, the tokenizer's hash, datasets, what the model expects before a story, the
-    checkpoint's time, what to tell about it, and path(file), which says where a file about it goes."""
+    """What is graded: model, encoding, the tokenizer's hash, datasets, what the model expects before a story, kept
+    checkpoints, the time of the last, what to tell about it, and path(file), which says where a file about it goes."""
+    folder, prefix, kept = name, "", []
     if name.startswith("hf:"):
         model, encoding = load_published(name[3:], device, args)
-        folder, prefix, when = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/"))), "", 0
-        checkpoint = {"tokenizer": None}
+        checkpoint, when = {"tokenizer": None}, 0
+        folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
         os.makedirs(folder, exist_ok=True)
     else:
         model, checkpoint = load_model(name, device)
-        whole = name.endswith(".pt")  # ckpt-0000064.pt: its files begin with ckpt-0000064.
-        folder, prefix = (os.path.dirname(name), os.path.basename(name)[:-2]) if whole else (name, "")
-        encoding, when = make_encoding(load_ranks(folder)), os.path.getmtime(name if whole else f"{name}/ckpt.pt")
+        if name.endswith(".pt"):  # out/a/ckpt-0000064.pt: its files are out/a/ckpt-0000064.eval.json and so on
+            folder, prefix, when = os.path.dirname(name), os.path.basename(name)[:-2], os.path.getmtime(name)
+        else:
+            when = os.path.getmtime(os.path.join(name, "ckpt.pt"))
+            kept = sorted(glob.glob(os.path.join(glob.escape(name), "ckpt-*.pt")))
+        encoding = make_encoding(load_ranks(folder))
         if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
             sys.exit(f"{folder}/tokenizer.tiktoken is not the one of this model: copy it from its dataset")
     datasets = [args.dataset] if args.dataset else checkpoint["datasets"]
-    instructed = not name.startswith("hf:") and any(load_meta(dataset)["instruct"] for dataset in datasets)
+    instructed = any(load_meta(d)["instruct"] for d in checkpoint.get("datasets", ()) if os.path.exists(f"data/{d}"))
     about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
              "context": model.config.block_size, "step": checkpoint.get("step")}
-    return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], folder=folder, time=when,
-                           datasets=datasets, before=instruction({}) if instructed else "", about=about,
-                           path=lambda file: os.path.join(folder, prefix + file))
+    return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], datasets=datasets,
+                           before=instruction({}) if instructed else "", kept=kept, time=when, about=about,
+                           folder=folder, path=lambda file: os.path.join(folder, prefix + file))
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -889,10 +894,10 @@ def compare(results, folders):
 # the stage
 
 
-def steps(subject, paths, probes, device):
+def steps(subject, probes, device):
     """{skill: [(step, low, share of probes passed, high)]} of the checkpoints that train.py --keep=log leaves."""
     found, sets = defaultdict(list), {"": probes, **{f" ({d})": read_spans(d, 100) for d in subject.datasets}}
-    for path in tqdm(paths, desc="checkpoints", leave=False, disable=None):
+    for path in tqdm(subject.kept, desc="checkpoints", leave=False, disable=None):
         model, checkpoint = load_model(path, device)
         for name, some in sets.items():
             passed = passes(model, subject.encoding, some) if some else []
@@ -905,7 +910,6 @@ def steps(subject, paths, probes, device):
 def sections(subject, wanted, probes, prompts, device, args):
     """Yield (title, figures) of every section that is wanted, and that this model can be asked for."""
     probes = [{**probe, "prompt": subject.before + probe["prompt"]} for probe in probes]
-    checkpoints = sorted(glob.glob(os.path.join(glob.escape(subject.folder), "ckpt-*.pt")))
     for name in subject.datasets:
         if "loss" in wanted:
             yield f"loss on {name}", loss(subject, name)
@@ -923,8 +927,8 @@ def sections(subject, wanted, probes, prompts, device, args):
             yield f"memorisation of {name}", memorisation(subject, name, args)
         if "instructions" in wanted and load_meta(name)["instruct"]:
             yield f"instructions of {name}", instructions(subject, name, args)
-    if "steps" in wanted and checkpoints:
-        yield "steps", steps(subject, checkpoints, probes, device)
+    if "steps" in wanted and subject.kept:
+        yield "steps", steps(subject, probes, device)
     if "judge" in wanted:
         yield "judge", judge(subject, prompts, args)
 
@@ -977,10 +981,12 @@ def main(argv=None):
         result["model"] = subject.about
         for title, figures in sections(subject, wanted, probes, prompts, device, args):
             result[title] = figures
+            result = dict(sorted(result.items(), key=lambda item: ORDER.index(item[0].split()[0])))
             write_whole(path, json.dumps(result, indent=1))
         results[name], folders[name] = result, subject.folder
     print_table(table(results))
     if len(results) > 1:
+        os.makedirs("out", exist_ok=True)
         write_whole(os.path.join("out", "compare.html"), compare(results, folders))
         print("charts: out/compare.html")
 
