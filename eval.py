@@ -539,7 +539,7 @@ def judge(subject, prompts, args):
     """Marks for the completions of the prompts, and for the controls, which the judge is shown among them."""
     from generate import cost, records
     found = samples(subject, prompts, args, again=False)
-    told = [[(prompt, subject.encoding.decode(ids)) for ids in some] for prompt, some in zip(prompts, found)]
+    told = [[(prompt, subject.encoding.decode(ids).strip()) for ids in some] for prompt, some in zip(prompts, found)]
     control = {name: [[pair] for pair in pairs] for name, pairs in controls(subject.datasets[0]).items()}
     groups = {"": told, **control}  # {name: [[(beginning, ending), …] of each prompt]}
 

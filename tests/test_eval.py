@@ -299,14 +299,16 @@ def test_shared_runs_against_plain_search():
 
 @pytest.fixture
 def fine(in_prepared):
-    """data/fine: the stories of data/tiny in the smallest vocabulary, and so of 75 tokens and more."""
+    """data/fine: stories of more than 75 tokens, since its vocabulary is small, of which no two begin alike."""
     if not os.path.exists("data/fine/meta.json"):
-        prepare(["--dataset=fine", "--input=data/tiny", "--vocab_size=280", "--val_fraction=0.1"])
+        write_jsonl(in_prepared / "data/fine/stories.jsonl", [
+            {"story": f"Tale {i}. {record['story']}"} for i, record in enumerate(make_stories(300))])
+        prepare(["--dataset=fine", "--vocab_size=280", "--val_fraction=0.1"])
 
 
 def test_a_parrot_is_found_out(fine):
     """A model that knows train by heart gives back the true endings, and nothing after the beginnings of val."""
-    meta, args = load_meta("fine"), SimpleNamespace(max_tokens=100)
+    meta, args = load_meta("fine"), SimpleNamespace(max_tokens=300)
     parrot = Parrot(load_tokens("fine", "train"), meta["eot"], meta["vocab_size"])
     found = eval.memorisation(stand_in(parrot, "fine"), "fine", args)
     assert found["Rouge-2 precision against the true ending, train"] == [1, 1, 1]
@@ -439,11 +441,15 @@ def test_published_models(kind, in_prepared, capsys):
                               ["<|endoftext|>"], show_progress=False)
     special = {"bos_token": "<s>", "eos_token": "</s>"} if kind == "llama" else {"eos_token": "<|endoftext|>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer, **special)
-    shape = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, max_position_embeddings=128)
-    config = {"gpt2": lambda: transformers.GPT2Config(len(tokenizer), 128, 32, 2, 2),
-              "gpt_neo": lambda: transformers.GPTNeoConfig(**{**shape, "num_hidden_layers": None}, num_layers=2, num_heads=2,
-                                                           attention_types=[[["global", "local"], 1]], window_size=16),
-              "llama": lambda: transformers.LlamaConfig(**shape, intermediate_size=64, num_attention_heads=2)}[kind]()
+    size = len(tokenizer)
+    config = {
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2),
+        "gpt_neo": lambda: transformers.GPTNeoConfig(
+            vocab_size=size, max_position_embeddings=128, hidden_size=32, num_layers=2, num_heads=2,
+            attention_types=[[["global", "local"], 1]], window_size=16),
+        "llama": lambda: transformers.LlamaConfig(
+            vocab_size=size, max_position_embeddings=128, hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+            num_attention_heads=2)}[kind]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -500,16 +506,15 @@ def test_two_runs_and_their_page(run, in_prepared, capsys):
     options = ["--device=cpu", "--each=2", "--max_tokens=20", "--prompts=prompts.json", "--spans=10"]
     eval.main([run, "out/<b>", *options])
     out = capsys.readouterr().out
-    assert "spans of tiny" in out and "out/<b>" in out.splitlines()[0]
+    assert "memorisation of tiny" in out and "out/<b>" in out.splitlines()[0]
     before = read_results("out/<b>")
-    assert set(before) == {"model", "loss on tiny", "probes", "spans of tiny", "completions", "memorisation of tiny",
-                           "steps"}
+    assert list(before) == ["model", "loss on tiny", "probes", "completions", "memorisation of tiny", "steps"]
     assert [point[0] for point in before["steps"]["fact"]] == [1, 2, 4, 8]
     eval.main(["out/<b>", "--only=loss", *options])
     assert read_results("out/<b>") == before  # the loss too: it is deterministic
     with open("out/compare.html", encoding="utf-8") as f:
         page = f.read()
-    assert page.count("<svg") == 7 and "&lt;b&gt;" in page and "out/<b>" not in page
+    assert page.count("<svg") == 5 and "&lt;b&gt;" in page and "out/<b>" not in page
     assert not re.search(r"<script|https?://|@import|url\(", page) and "prefers-color-scheme: dark" in page
     later = os.path.getmtime("out/<b>/eval.json") + 5
     os.utime("out/<b>/ckpt.pt", (later, later))
