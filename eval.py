@@ -154,18 +154,15 @@ def loss(subject, dataset):
 # probes: dicts of skill, kind, prompt, right and wrong continuations, and perhaps `after`, the word that follows
 
 
-def read_probes(path):
+def read_list(option, path, valid):
+    """The list in a JSON file whose items all are `valid`."""
     try:
         with open(path, encoding="utf-8") as f:
-            probes = json.load(f)
-        for probe in probes:
-            "".join([probe["skill"], probe["kind"], probe["prompt"], probe["right"][0], probe["wrong"][0]])
-        return probes
-    except OSError as e:
-        sys.exit(f"cannot read --probes={path}: {e.strerror}")
-    except (ValueError, KeyError, TypeError, IndexError):
-        sys.exit(f'{path} is not of the form [{{"skill": "fact", "kind": "food", "prompt": "A cow gives us", '
-                 '"right": [" milk"], "wrong": [" eggs", …]}, …]')
+            if (found := json.load(f)) and all(map(valid, found)):
+                return found
+        sys.exit(f"--{option}={path} has not the form of data/{option}.json")
+    except (OSError, ValueError, TypeError) as e:
+        sys.exit(f"cannot read --{option}={path}: {e}")
 
 
 def read_spans(dataset, most, by="skill"):
@@ -964,12 +961,8 @@ def main(argv=None):
         sys.exit("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
     if min(args.each, args.max_tokens, args.concurrency, args.spans) < 1:
         sys.exit("--each, --max_tokens, --concurrency and --spans must be at least 1")
-    probes = read_probes(args.probes)
-    try:
-        with open(args.prompts, encoding="utf-8") as f:
-            prompts = json.load(f)
-    except (OSError, ValueError) as e:
-        sys.exit(f"cannot read --prompts={args.prompts}, a JSON list of beginnings: {e}")
+    probes = read_list("probes", args.probes, lambda item: {"skill", "kind", "prompt", "right", "wrong"} <= set(item))
+    prompts = read_list("prompts", args.prompts, lambda item: isinstance(item, str))
     device, _ = pick_device(args.device, "float32")
     results, folders = {}, {}
     for name in args.runs or [find_run()]:

@@ -1,5 +1,5 @@
-"""eval.py: the metric scores every token once, from its own story alone, whatever the batch; what is counted in probes,
-completions and marks is what a plain count gives; other people's models are measured like ours."""
+"""eval.py: the metric scores every token once, from its own story alone, whatever the batch; what is counted in
+probes, completions and marks is what a plain count gives; other people's models are measured like ours."""
 import json
 import math
 import os
@@ -31,8 +31,8 @@ def load(name, dataset="tiny"):
 def stand_in(model, dataset, before=""):
     """A model that is no run, ready to be graded."""
     meta = load_meta(dataset)
-    return SimpleNamespace(model=model, encoding=load_tokenizer(dataset), tokenizer=meta["tokenizer"]["sha256"], time=0,
-                           datasets=[dataset], before=before, path=lambda name: name)
+    return SimpleNamespace(model=model, encoding=load_tokenizer(dataset), tokenizer=meta["tokenizer"]["sha256"],
+                           datasets=[dataset], before=before, time=0, path=lambda name: name)
 
 
 class Parrot(torch.nn.Module):
@@ -189,7 +189,7 @@ def test_loss_of_each_skill(in_prepared):
     """Against the marked word of each story alone; shares of text and loss sum to one."""
     model, encoding = make_model(vocab_size=512, block_size=256), load_tokenizer("tiny")
     found = eval.loss(stand_in(model, "tiny"), "tiny")
-    val = {encoding.decode(part.tolist()) for part in eval.split_stories(load_tokens("tiny", "val"), encoding.eot_token)}
+    val = {encoding.decode(ids.tolist()) for ids in eval.split_stories(load_tokens("tiny", "val"), encoding.eot_token)}
     costs = []
     for record in make_stories(300):
         if record["story"] in val:
@@ -227,7 +227,7 @@ def test_shortcuts_are_counted_right(in_prepared):
             assert eval.shortcut(probe, score(probe)) == test_probes.shortcut_passes(probe, name)
     text = encoding.decode(load_tokens("tiny", "train").tolist()).lower()
     counts = eval.count_phrases([" ball", " a red", " Tim", " trumpet"], "tiny")
-    assert counts == {word: len(re.findall(rf"\b{word}\b", text)) for word in ("ball", "a red", "tim")} | {"trumpet": 0}
+    assert counts == {word: len(re.findall(rf"\b{word}\b", text)) for word in ("ball", "a red", "tim", "trumpet")}
     probe = {"skill": "fact", "kind": "x", "prompt": "Tim saw a", "right": [" ball"], "wrong": [" trumpet", " drum"]}
     found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], counts)
     assert found["fact, the most frequent in train"][0] == 1 and found["fact, by chance"][0] == pytest.approx(1 / 3)
@@ -338,12 +338,18 @@ def test_instructions_followed(workplace):
 # ---------------------------------------------------------------------------------------------------------------
 # the judge, on a server on loopback
 
-MARKS = "It is fine.\n\n**Grammar**: {}/10\nCreativity: 5\nConsistency with the beginning: {}\nPlot: 4.5\nAge group: B"
+MARKS = """It is fine.
+
+**Grammar**: {}/10
+Creativity: 5
+Consistency with the beginning: {}
+Plot: 4.5
+Age group: B"""
 
 
 @pytest.fixture
 def judged(run, in_prepared, fine, monkeypatch):
-    """A judge who knows the validation stories, and a function that has it grade two completions each of two prompts."""
+    """Has a judge, who is given as a function of prompts, grade two completions each of two prompts."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     (in_prepared / "prompts.json").write_text(json.dumps(PROMPTS[:2]))
     for name in ("judge.jsonl", "eval.json"):
@@ -356,8 +362,8 @@ def judged(run, in_prepared, fine, monkeypatch):
     def grade(behave, *options):
         with Server(behave) as server:
             try:
-                eval.main([run, "--only=judge", "--dataset=fine", "--judge=critic", f"--base_url={server.url}", "--device=cpu", "--each=2",
-                           "--max_tokens=20", "--prompts=prompts.json", *options])
+                eval.main([run, "--only=judge", "--dataset=fine", "--judge=critic", f"--base_url={server.url}",
+                           "--device=cpu", "--each=2", "--max_tokens=20", "--prompts=prompts.json", *options])
             finally:
                 grade.asked = [request["messages"][0]["content"] for request in server.requests]
         return read_results(run)["judge"]
@@ -524,8 +530,8 @@ def test_two_runs_and_their_page(run, in_prepared, capsys):
 
 
 def test_charts_are_well_formed_and_show_every_point():
-    svg = eval.chart("<a & b>", "x", "y", {"one": [(1, 0.1, 0.2, 0.3), (1e6, 0.2, 0.4, 0.5)], "<two>": [(5, 0.1)], "no": []},
-                     log_x=True)
+    series = {"one": [(1, 0.1, 0.2, 0.3), (1e6, 0.2, 0.4, 0.5)], "<two>": [(5, 0.1)], "no": []}
+    svg = eval.chart("<a & b>", "x", "y", series, log_x=True)
     figure = ElementTree.fromstring(svg)
     assert figure.find("figcaption").text == "<a & b>" and len(list(figure.iter("circle"))) == 3
     heights = [float(c.get("cy")) for c in figure.iter("circle")]
@@ -542,7 +548,8 @@ def test_charts_are_well_formed_and_show_every_point():
     (["--only=judge"], "who shall judge"),
     (["--judge=x", "--max_cost=1"], "--max_cost needs the prices"),
     (["--probes=none.json"], "cannot read --probes=none.json"),
-    (["--probes=bad.json"], "bad.json is not of the form"),
+    (["--probes=bad.json"], "--probes=bad.json has not the form of data/probes.json"),
+    (["--prompts=bad.json"], "--prompts=bad.json has not the form of data/prompts.json"),
     (["--prompts=none.json"], "cannot read --prompts=none.json"),
     (["--each=0"], "must be at least 1"),
     (["out/none"], "no checkpoint out/none/ckpt.pt"),
