@@ -1,28 +1,66 @@
-"""Measure models and corpora: bits per byte on validation stories, accuracy on each skill, diversity of stories.
+"""Measure what models can do, and how diverse corpora are.
 
-    python eval.py                                  the newest run
-    python eval.py out/a out/b                      several
+    python eval.py                                  the newest run: loss, probes, completions, memorisation
+    python eval.py out/a out/b                      several side by side, and charts in out/compare.html
+    python eval.py out/a --only=loss,probes         some sections; what eval.json holds of the others stays
+    python eval.py out/a --judge=gpt-4o-mini        marks by a large model, as in the paper
+    python eval.py hf:roneneldan/TinyStories-33M --dataset=tinystories      somebody else's model, or hf:FOLDER
     python eval.py --stories a.jsonl b.txt          files of stories, side by side
+
+Estimates come with the 95 % interval of a bootstrap over stories, probes or prompts. All go to out/<run>/eval.json.
 """
+import asyncio
+import glob
+import hashlib
+import json
 import math
 import os
+import random
 import re
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
+from html import escape
+from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import find_run, load_model, pick_device
-from prepare import (SKILLS, Parser, find_files, fingerprint, load_meta, load_tokenizer, load_tokens,
-                     read_records, start)
+from prepare import (INSTRUCTIONS, SKILLS, Parser, file_hash, find_files, fingerprint, instruction, load_meta,
+                     load_ranks, load_tokenizer, load_tokens, make_encoding, read_records, start)
+from sample import generate
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
+ORDER = ("model", "loss", "probes", "spans", *SECTIONS[2:])  # of eval.json; spans are the dataset's own probes
+
+
+def interval(top, bottom=None):
+    """[sum(top) / sum(bottom), low, high]: a ratio, or a mean where `bottom` is None, with its 95 % interval; or None.
+
+    top, bottom: (N,), one number for each story, probe or prompt; of these, N are drawn with replacement a thousand
+    times (the percentile bootstrap, Efron 1979). Equal N have equal draws."""
+    top, bottom = np.asarray(top, float), np.ones(len(top)) if bottom is None else np.asarray(bottom, float)
+    if not bottom.sum():
+        return None
+    draw, ratios = np.random.default_rng(0), []
+    for _ in range(1000):
+        pick = draw.integers(0, len(top), len(top))
+        if below := bottom[pick].sum():
+            ratios.append(top[pick].sum() / below)
+    return [float(top.sum() / bottom.sum()), *np.quantile(ratios, (0.025, 0.975)).tolist()]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# loss
 
 
 def windows(tokens, eot, block_size):
     """[(start, length, skip)]: each story from its own <|endoftext|>, cut into windows that overlap by half where it
-    is longer than the context. The targets tokens[start + 1 + skip : start + 1 + length] are scored, each token once."""
+    is longer than the context. Scored are tokens[start + 1 + skip : start + 1 + length], and so each token once."""
     ends = np.flatnonzero(tokens == eot)
     cuts = []
     for start, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
@@ -41,6 +79,7 @@ def score(model, tokens, eot, batch_tokens=4096, title="evaluating"):
     Deterministic. Windows of like length go into one batch of about `batch_tokens`, padded at the end, where causal
     attention keeps the padding from being seen."""
     device = model.head.weight.device
+    batch_tokens = min(batch_tokens, 2**25 // model.config.vocab_size)  # no more than 128 MB of logits
     nats = np.zeros(len(tokens), np.float32)
     cuts = sorted(windows(tokens, eot, model.config.block_size), key=lambda cut: cut[1])
     training = model.training
@@ -75,101 +114,606 @@ def evaluate(model, dataset, max_stories=None):
     return {"val_loss": nats / (len(tokens) - 1), "val_bpb": nats / size / math.log(2)}
 
 
-def read_spans(dataset, per_skill):
-    """{skill: [(text before, next word, right word, wrong word)]} of the first stories whose `split` is val. With the
-    word that follows, "jump" and "jumped" both cost what it takes to end there."""
-    found = {skill: [] for skill in SKILLS[1:]}
-    for path, _ in find_files(os.path.join("data", dataset)):
-        if path.endswith(".jsonl"):
-            for record in read_records(path):
-                if record.get("split") == "val" and record.get("spans"):
-                    for span in record["spans"]:
-                        story, start, end = record["story"], span["start"], span["end"]
-                        found[span["skill"]].append((story[:start], re.match(r"\W*\w*", story[end:])[0],
-                                                     story[start:end], span["wrong"]))
-                    if all(len(spans) >= per_skill for spans in found.values()):
-                        return {skill: spans[:per_skill] for skill, spans in found.items()}
-    return {skill: spans[:per_skill] for skill, spans in found.items() if spans}
+def split_stories(tokens, eot):
+    """The tokens of each story, without <|endoftext|>."""
+    return [part[1:] for part in np.split(tokens, np.flatnonzero(tokens == eot))[1:-1]]
+
+
+def loss(subject, dataset):
+    """What all validation stories cost; where their words are labelled, what those of each skill cost, and how much of
+    the text and of the loss they are: that shows how little the mean loss sees of a rare skill."""
+    meta, tokens, encoding = load_meta(dataset), np.asarray(load_tokens(dataset, "val")), load_tokenizer(dataset)
+    stories = [encoding.decode(part.tolist()) for part in split_stories(tokens, meta["eot"])]
+    own, eot = subject.tokenizer == meta["tokenizer"]["sha256"], subject.encoding.eot_token
+    if not own:
+        tokens = np.array([t for story in stories for t in [eot] + subject.encoding.encode_ordinary(story)] + [eot])
+    nats = score(subject.model, tokens, eot, title=f"loss on {dataset}").astype(float)
+    starts = np.flatnonzero(tokens == eot)[:-1] + 1  # a story's cost: from its first token to the next <|endoftext|>
+    def sums(values):
+        return np.add.reduceat(values.astype(float), starts)  # (stories,)
+    lengths = sums(np.ones(len(tokens)))
+    figures = {"val_bpb": interval(sums(nats) / math.log(2), [len(story.encode()) for story in stories]),
+               "val_loss": interval(sums(nats), lengths), "stories": len(stories),
+               "stories longer than the context": int((lengths > subject.model.config.block_size).sum())}
+    if "bits_per_byte" in meta["val"]:
+        figures["val_bpb of the world's own choices"] = meta["val"]["bits_per_byte"]
+    if own and os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
+        labels = np.asarray(load_tokens(dataset, "val.skills"))
+        space = np.array([encoding.decode_single_token_bytes(t)[:1] == b" " for t in range(meta["vocab_size"])])
+        begins = space[tokens] | np.append(False, labels[1:] != labels[:-1])  # whether a word does
+        for i, skill in enumerate(SKILLS):
+            marked, name = labels == i, f"{skill if i else 'all other'} words"
+            if (words := sums(marked & begins)).sum():
+                figures[f"{name}, nats each"] = interval(sums(nats * marked), words)
+                figures[f"{name}, share of text"] = interval(sums(marked), lengths)
+                figures[f"{name}, share of loss"] = interval(sums(nats * marked), sums(nats))
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# probes: dicts of skill, kind, prompt, right and wrong continuations, and perhaps `after`, the word that follows
+
+
+def read_list(option, path, valid):
+    """The list in a JSON file whose items all are `valid`."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            if (found := json.load(f)) and all(map(valid, found)):
+                return found
+        sys.exit(f"--{option}={path} has not the form of data/{option}.json")
+    except (OSError, ValueError, TypeError) as e:
+        sys.exit(f"cannot read --{option}={path}: {e}")
+
+
+def read_spans(dataset, most, by="skill"):
+    """The first marked words of validation stories as probes, `most` of each skill or kind. With the word that
+    follows, "jump" and "jumped" both cost what it takes to end there."""
+    found = defaultdict(list)
+    labelled = os.path.exists(os.path.join("data", dataset, "val.skills.bin"))
+    before = instruction({}) if labelled and load_meta(dataset)["instruct"] else ""
+    for path, _ in find_files(os.path.join("data", dataset)) if labelled else ():
+        for record in read_records(path) if path.endswith(".jsonl") else ():
+            for span in record.get("spans") or () if record.get("split") == "val" else ():
+                kind = span.get("kind", span["skill"]) + (f", depth {span['depth']:2}" if "depth" in span else "")
+                if len(some := found[kind if by == "kind" else span["skill"]]) < most:
+                    story, begin, end = record["story"], span["start"], span["end"]
+                    some.append({"skill": span["skill"], "kind": kind, "prompt": before + story[:begin],
+                                 "right": [story[begin:end]], "wrong": [span["wrong"]],
+                                 "after": re.match(r"\W*\w*", story[end:])[0]})
+    return [probe for some in found.values() for probe in some]
+
+
+def passes(model, encoding, probes, title="probes"):
+    """(N,) whether one right continuation of each probe is likelier than every wrong one, by the sum of the
+    log-likelihoods of the tokens that follow those which all of them begin with."""
+    eot, tokens, parts, ends = encoding.eot_token, [], [], []
+    for probe in probes:
+        rows = [encoding.encode_ordinary(probe["prompt"] + continuation + probe.get("after", ""))
+                for continuation in probe["right"] + probe["wrong"]]
+        same = next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
+        for row in rows:
+            cut = max(0, len(row) + 1 - model.config.block_size)  # what the context cannot hold
+            parts.append((len(tokens) + 1 + same - cut, len(tokens) + 1 + len(row) - cut))
+            tokens += [eot] + row[cut:]
+        ends.append(len(parts))
+    nats = score(model, np.array(tokens + [eot]), eot, title=title)
+    costs = np.split([nats[begin:end].sum() for begin, end in parts], ends[:-1])
+    return np.array([min(cost[:len(p["right"])]) < min(cost[len(p["right"]):]) for cost, p in zip(costs, probes)])
 
 
 def skill_accuracy(model, dataset, per_skill=200):
     """{skill: share} of the marked words of validation stories that the model finds likelier than the tempting wrong
-    ones, by the sum of the log-likelihoods of their tokens; {} where no story carries spans."""
-    spans, encoding = read_spans(dataset, per_skill), load_tokenizer(dataset)
-    if not spans:
+    ones; {} where no story carries spans."""
+    if not (spans := read_spans(dataset, per_skill)):
         return {}
-    eot, tokens, parts = encoding.eot_token, [], []
-    for skill, items in spans.items():
-        for before, after, *words in items:
-            rows = [encoding.encode_ordinary(before + word + after) for word in words]
-            same = next((i for i, (a, b) in enumerate(zip(*rows)) if a != b), min(map(len, rows)))
-            for row in rows:
-                cut = max(0, len(row) + 1 - model.config.block_size)  # what the context cannot hold
-                row = row[cut:]
-                parts.append((len(tokens) + 1 + same - cut, len(tokens) + 1 + len(row)))
-                tokens += [eot] + row
-    nats = score(model, np.array(tokens + [eot], np.uint16), eot, title="skills")
-    costs = np.array([nats[start:end].sum() for start, end in parts]).reshape(-1, 2)  # right, wrong
-    ends = np.cumsum([len(items) for items in spans.values()])
-    return {skill: float((part[:, 0] < part[:, 1]).mean())
-            for skill, part in zip(spans, np.split(costs, ends[:-1]))}
+    right, skills = passes(model, load_tokenizer(dataset), spans, "skills"), np.array([s["skill"] for s in spans])
+    return {skill: float(right[skills == skill].mean()) for skill in SKILLS if skill in skills}
+
+
+def count_phrases(phrases, dataset, most=5_000_000):
+    """How often each phrase stands in a dataset's train text, or in `most` tokens of it, evenly spread."""
+    tokens, encoding, counts = load_tokens(dataset, "train"), load_tokenizer(dataset), Counter()
+    phrases, pieces = {phrase.strip().lower() for phrase in phrases}, math.ceil(min(most, len(tokens)) / 50_000)
+    for begin in tqdm(np.linspace(0, max(0, len(tokens) - 50_000), pieces).astype(int), desc="counting words",
+                      leave=False, disable=None):
+        text = encoding.decode(tokens[begin:begin + 50_000].tolist()).lower()
+        words = Counter(re.findall(r"[^\W_]+", text))
+        counts.update({phrase: text.count(phrase) if " " in phrase else words[phrase] for phrase in phrases})
+    return counts
+
+
+def shortcut(probe, score_of):
+    """Probability that a reader passes who takes the continuation with the highest score, and draws among equals."""
+    scores = {c: score_of(c) for c in probe["right"] + probe["wrong"]}
+    best = [c for c in scores if scores[c] == max(scores.values())]
+    return sum(c in probe["right"] for c in best) / len(best)
+
+
+def places(probe, continuation):
+    """Where a continuation already stands in its prompt."""
+    word = rf"\b{re.escape(continuation.strip())}\b"
+    return [match.start() for match in re.finditer(word, probe["prompt"], re.IGNORECASE)]
+
+
+def grade_probes(subject, probes, counts):
+    """Share of probes passed, by skill and kind, and beside it what readers without any skill would pass."""
+    readers = {"": passes(subject.model, subject.encoding, probes),
+               ", by chance": [shortcut(p, lambda c: 0) for p in probes],
+               ", the most frequent in train": [shortcut(p, lambda c: counts[c.strip().lower()]) for p in probes],
+               ", the last mentioned": [shortcut(p, lambda c: max(places(p, c), default=-1)) for p in probes],
+               ", the most mentioned": [shortcut(p, lambda c: len(places(p, c))) for p in probes]}
+    figures = {}
+    for skill in dict.fromkeys(p["skill"] for p in probes):
+        for reader, passed in readers.items():
+            figures[skill + reader] = interval([x for x, p in zip(passed, probes) if p["skill"] == skill])
+        for kind in sorted({p["kind"] for p in probes if p["skill"] == skill} - {skill}):
+            figures[f"{skill}: {kind}"] = interval([x for x, p in zip(readers[""], probes) if p["kind"] == kind])
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# completions
+
+
+def complete(subject, prompts, max_tokens, each=1, title="completing"):
+    """Token ids of `each` continuations of every prompt, at temperature 1, without <|endoftext|>: one of fewer than
+    max_tokens has ended by itself. Number i of them all draws from seed i + 1."""
+    eot, found = subject.encoding.eot_token, {}
+    ids = [[eot] + subject.encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(each)]
+    length = lambda i: len(ids[i])
+    same = [list(some) for _, some in groupby(sorted(range(len(ids)), key=length), length)]  # go into one batch
+    for rows in tqdm([some[i:i + 50] for some in same for i in range(0, len(some), 50)], desc=title, leave=False,
+                     disable=None):
+        tokens = generate(subject.model, [ids[i] for i in rows], max_tokens, [i + 1 for i in rows], eot)
+        for i, row in zip(rows, torch.stack(list(tokens), 1).tolist()):
+            found[i] = row[:row.index(eot)] if eot in row else row
+    return [[found[i] for i in range(begin, begin + each)] for begin in range(0, len(ids), each)]
+
+
+def samples(subject, prompts, args, again=True):
+    """The completions of the prompts, kept in samples.bin in the form of sample.py --out, and, unless `again`, taken
+    from there if it holds them already."""
+    path, eot, before = subject.path("samples.bin"), subject.encoding.eot_token, subject.before
+    begins = [subject.encoding.encode_ordinary(before + prompt) for prompt in prompts for _ in range(args.each)]
+    if not again and os.path.exists(path) and os.path.getmtime(path) > subject.time:
+        kept = [story.tolist() for story in split_stories(np.fromfile(path, "<u2"), eot)]
+        if len(kept) == len(begins) and all(story[:len(begin)] == begin for story, begin in zip(kept, begins)):
+            told = [story[len(begin):] for story, begin in zip(kept, begins)]
+            return [told[i:i + args.each] for i in range(0, len(told), args.each)]
+    found = complete(subject, [before + p for p in prompts], args.max_tokens, args.each, "completing prompts")
+    told = [text for some in found for text in some]
+    tokens = [t for begin, text in zip(begins, told) for t in [eot] + begin + text] + [eot]
+    if max(tokens) < 2**16:  # not so with some models of others
+        np.array(tokens, "<u2").tofile(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    return found
+
+
+def words_of(text):
+    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+
+
+def runs_of(words, n):
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def completions(subject, prompts, args):
+    """What can be counted in continuations of the prompts."""
+    found = samples(subject, prompts, args)
+    texts = [[words_of(subject.encoding.decode(ids)) for ids in some] for some in found]
+    def by_prompt(top, bottom=len):
+        return interval([top(some) for some in texts], [bottom(some) for some in texts])
+    ended = [np.mean([len(ids) < args.max_tokens for ids in some]) for some in found]
+    figures = {"ended by themselves": interval(ended),
+               "length in words": by_prompt(lambda some: sum(map(len, some))),
+               "4-grams that repeat one of the same text": by_prompt(
+                   lambda some: sum(len(runs_of(text, 4)) - len(set(runs_of(text, 4))) for text in some),
+                   lambda some: sum(len(runs_of(text, 4)) for text in some))}
+    for n in range(1, 5):
+        figures[f"distinct {n}-grams among a prompt's"] = by_prompt(
+            lambda some: len({run for text in some for run in runs_of(text, n)}),
+            lambda some: sum(len(runs_of(text, n)) for text in some))
+    # Rouge-2 between completions: F1 of their sets of pairs of words, which are the columns of a matrix
+    pairs = [set(runs_of(text, 2)) for some in texts for text in some]
+    column = {pair: i for i, pair in enumerate({pair for some in pairs for pair in some})}
+    stands = np.zeros((len(pairs), len(column)), np.float32)
+    for row, some in zip(stands, pairs):
+        row[[column[pair] for pair in some]] = 1
+    alike = 2 * (stands @ stands.T) / np.maximum(1, stands.sum(1)[:, None] + stands.sum(1))
+    np.fill_diagonal(alike, 0)
+    figures["Rouge-2 with the likest other"] = interval(alike.max(1).reshape(len(prompts), -1).mean(1))
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# memorisation
+
+
+def pick_stories(tokens, eot, n, least=75):
+    """Up to n stories of `least` tokens or more, evenly spread over the file, of which little else is read."""
+    found = {}
+    for begin in np.linspace(0, len(tokens), n, endpoint=False).astype(int).tolist():
+        part = np.asarray(tokens[begin:begin + 20_000])
+        ends = np.flatnonzero(part == eot).tolist()
+        for a, b in zip(ends, ends[1:]):
+            if b - a > least:
+                found[begin + a] = part[a + 1:b].tolist()
+                break
+    return list(found.values())
+
+
+def shared_runs(queries, tokens, n=5, piece=1 << 20):
+    """What each of Q queries (lists of token ids) shares with `tokens`, which are read once, piece by piece: (length
+    of its longest run of n or more tokens that stands there, else 0; share of its runs of n that do), (Q,) each.
+
+    Runs are known by 64-bit hashes that grow by one token at a time (after Karp & Rabin 1987): a place that shares k
+    tokens with a query is tried for k + 1, and soon few are left."""
+    values = np.random.default_rng(0).integers(1, 2**63, 2**16, np.uint64)  # a random number for each token
+    factor, shift = np.uint64(0x9E3779B97F4A7C15), np.uint64(42)
+    flat = np.array([t for query in queries for t in query], int)
+    owner = np.repeat(np.arange(len(queries)), [len(query) for query in queries])
+    left = np.array([i for query in queries for i in range(len(query), 0, -1)])  # tokens to the end of the query
+    longest, levels = left.max(initial=0), []
+
+    def level(k):
+        """For runs of k tokens: the hash of the one at each place of flat, those in order, and which were found."""
+        while len(levels) < k:
+            i = len(levels)
+            hashes = (levels[-1][0] if i else np.uint64(0)) * factor + values[np.append(flat[i:], np.zeros(i, int))]
+            known = np.unique(hashes[left > i])
+            levels.append((hashes, known, np.zeros(len(known), bool)))
+        return levels[k - 1]
+
+    if longest < n:
+        return np.zeros(len(queries), int), np.zeros(len(queries))
+    rough = np.zeros(2**22, bool)  # which first 22 bits a query's hash has: rules out most places at little cost
+    rough[level(n)[1] >> shift] = True
+    for begin in tqdm(range(0, len(tokens), piece), desc="comparing with train", leave=False, disable=None):
+        part = values[tokens[begin:begin + piece + longest]]
+        hashes, k = np.zeros(max(0, min(piece, len(part) - n + 1)), np.uint64), n
+        for i in range(n):
+            hashes = hashes * factor + part[i:i + len(hashes)]
+        where = np.flatnonzero(rough[hashes >> shift])
+        hashes = hashes[where]
+        while len(where) and k <= longest:
+            _, known, found = level(k)
+            at = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+            same = known[at] == hashes
+            found[at[same]] = True
+            same &= where + k < len(part)
+            where, hashes = where[same], hashes[same]
+            hashes, k = hashes * factor + part[where + k], k + 1
+    reached = np.zeros(len(queries), int)
+    for k in range(n, len(levels) + 1):
+        hashes, known, found = level(k)
+        there = (left >= k) & found[np.searchsorted(known, hashes).clip(max=len(known) - 1)]
+        reached[owner[there]] = k
+        if k == n:
+            share = np.bincount(owner[there], minlength=len(queries))
+    return reached, share / np.maximum(1, np.bincount(owner[left >= n], minlength=len(queries)))
+
+
+def memorisation(subject, dataset, args):
+    """100 train stories completed from their first words: how much of the true ending comes back, and what stands
+    in any train story. The yardsticks: the same for validation stories, and how these really end."""
+    encoding, figures, texts = load_tokenizer(dataset), {}, {}
+    for split in ("train", "val"):
+        stories = pick_stories(load_tokens(dataset, split), encoding.eot_token, 100)
+        begins = [encoding.decode(story[:50]).rpartition(" ")[0] for story in stories]
+        ends = [encoding.decode(story[:50 + args.max_tokens])[len(begin):] for story, begin in zip(stories, begins)]
+        told = [subject.encoding.decode(ids) for ids, in complete(subject, begins, args.max_tokens,
+                                                                  title=f"completing {split} stories")]
+        pairs = [[Counter(runs_of(words_of(text), 2)) for text in both] for both in zip(told, ends)]
+        figures[f"Rouge-2 precision against the true ending, {split}"] = interval(
+            [(a & b).total() for a, b in pairs], [a.total() for a, b in pairs])
+        texts[f"{split} completed"] = told
+    texts["true endings of val"] = ends
+    queries = [encoding.encode_ordinary(text) for some in texts.values() for text in some]
+    longest, share = shared_runs(queries, load_tokens(dataset, "train"))
+    owner = np.repeat(list(texts), [len(some) for some in texts.values()])
+    for name in texts:
+        figures[f"5-grams of tokens that stand in train, {name}"] = interval(share[owner == name])
+        figures[f"longest run that stands in train, {name}"] = interval(longest[owner == name])
+        figures[f"… the longest of all, {name}"] = int(longest[owner == name].max(initial=0))
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# instructions
+
+
+def instructions(subject, dataset, args):
+    """Share of the words and sentences asked for that the story has, for fields that stood together in train and for
+    those that were held out, on validation stories that were prepared with --instruct."""
+    from generate import missing  # which knows the inflections
+    meta, encoding = load_meta(dataset), load_tokenizer(dataset)
+    hold_out, asked, figures = set(meta["instruct"]["hold_out"]), {"seen": [], "held-out": []}, {}
+    for part in split_stories(np.asarray(load_tokens(dataset, "val")), meta["eot"]):
+        head, end, _ = encoding.decode(part.tolist()).partition(instruction({}))
+        fields = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
+        fields = {name: fields[title] for name, title in INSTRUCTIONS.items() if title in fields}
+        group = asked["held-out" if hold_out and hold_out <= set(fields) else "seen"]
+        if end and len(group) < 60 and set(fields) & {"words", "sentence"}:
+            group.append((head + end, fields))
+    for name, group in asked.items():
+        told = complete(subject, [prompt for prompt, _ in group], args.max_tokens, title="following instructions")
+        told = [subject.encoding.decode(ids) for ids, in told]
+        words = [(fields["words"].split(", "), text) for (_, fields), text in zip(group, told) if "words" in fields]
+        figures[f"words used, {name} combinations"] = interval(
+            [len(some) - len(missing(some, text)) for some, text in words], [len(some) for some, _ in words])
+        figures[f"sentences included, {name} combinations"] = interval(
+            [fields["sentence"] in text for (_, fields), text in zip(group, told) if "sentence" in fields])
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# judge: the paper's procedure in words of our own, and in one question: an assessment first, then marks
+
+
+MARKS, AGES = ("grammar", "creativity", "consistency", "plot"), dict(zip("ABCDEF", (3, 4.5, 6.5, 8.5, 11, 14.5)))
+QUESTION = """Below is the beginning of a story. It breaks off in the middle of a sentence, at the sign ***. A student
+was asked to go on from there, and what follows the sign is the student's work.
+
+{} *** {}
+
+First write a short assessment of the student's part alone: is its grammar right, does it fit the beginning (does it
+also finish the broken sentence well), does what happens make a story, are there ideas of its own in it? After that
+give marks from 1 (worst) to 10 (best), and guess how old the student is: A: 3 or younger, B: 4 or 5, C: 6 or 7,
+D: 8 or 9, E: 10 to 12, F: 13 to 16. End with exactly these five lines, each with your mark or letter:
+Grammar:
+Creativity:
+Consistency with the beginning:
+Plot:
+Age group:"""
+
+
+def read_marks(reply):
+    """{mark: 1 to 10, "age": years} of a judge's reply; None where one is missing, or is none."""
+    found = {}
+    for name in (*MARKS, "age"):
+        what = r"([A-F])\b" if name == "age" else r"(10|[1-9](?:\.\d)?)(?![\d.]*\d)"
+        lines = re.findall(rf"^\W*{name}\b[^:\n]*:\W*{what}", reply, re.MULTILINE | re.IGNORECASE)
+        if not lines:
+            return None
+        found[name] = AGES[lines[-1].upper()] if name == "age" else float(lines[-1])
+    return found
+
+
+def controls(dataset, n=30):
+    """{name: [(beginning, ending)]}: how validation stories end, how others of them do, and the words in disorder."""
+    encoding = load_tokenizer(dataset)
+    stories = [encoding.decode(ids) for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n)]
+    stories = [story.split(instruction({}))[-1] for story in stories]
+    cuts = [story.index(" ", len(story) // 3) for story in stories]
+    begins, ends = [s[:cut] for s, cut in zip(stories, cuts)], [s[cut:].strip() for s, cut in zip(stories, cuts)]
+    mixed = [" ".join(random.Random(1).sample(end.split(), len(end.split()))) for end in ends]
+    return {"true endings": list(zip(begins, ends)), "endings of others": list(zip(begins, ends[1:] + ends[:1])),
+            "shuffled endings": list(zip(begins, mixed))}
+
+
+async def ask_judge(questions, args, file):
+    """Append the reply to each question {key: text} to the file as it comes; returns why some are missing, or ""."""
+    import openai
+    from generate import ask, cost, no_retry_without_quota
+    client = openai.AsyncOpenAI(
+        base_url=args.base_url or None, timeout=120, max_retries=8,
+        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
+    limit = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
+    todo, spent, why = [(key, text, 2) for key, text in questions.items()], 0.0, ""
+    bar = tqdm(total=len(todo), desc=args.judge, disable=None)
+
+    async def work():
+        nonlocal spent, why
+        while todo and not why:
+            key, text, tries = todo.pop()
+            most = cost(args, len(text.encode()) + 50, 1000)  # a token is at least one byte
+            if spent + most > args.max_cost:  # what is under way is in `spent`, at its most
+                why = f"the next reply might pass --max_cost={args.max_cost:g}"
+                return
+            spent += most
+            try:
+                reply, finish, _, model, *tokens = await ask(client, {"model": args.judge, limit: 1000}, text)
+            except openai.APIError as e:  # the client has tried again, in vain
+                why = f"{client.base_url.host}: {e}".replace(client.api_key, "(key)")[:300]
+                return
+            spent += cost(args, *tokens) - most
+            marks = read_marks(reply)
+            file.write(json.dumps({"key": key, "judge": args.judge, "model": model, "reply": reply, "marks": marks,
+                                   "finish": finish, "tokens": tokens}, ensure_ascii=False) + "\n")
+            file.flush()
+            if marks or tries == 1:
+                bar.update()
+            else:
+                todo.append((key, text, 1))  # a reply without marks is asked for once more
+
+    await asyncio.gather(*(work() for _ in range(args.concurrency)))
+    bar.close()
+    await client.close()
+    return why
+
+
+def judge(subject, prompts, args):
+    """Marks for the completions of the prompts, and for the controls, which the judge is shown among them."""
+    from generate import cost, records
+    found = samples(subject, prompts, args, again=False)
+    told = [[(prompt, subject.encoding.decode(ids).strip()) for ids in some] for prompt, some in zip(prompts, found)]
+    control = {name: [[pair] for pair in pairs] for name, pairs in controls(subject.datasets[0]).items()}
+    groups = {"": told, **control}  # {name: [[(beginning, ending), …] of each prompt]}
+
+    def key_of(pair):
+        return hashlib.sha256(f"{args.judge}\n{QUESTION.format(*pair)}".encode()).hexdigest()[:32]
+
+    def read(paths):
+        lines = [record for path in paths if os.path.exists(path) for record in records(path)]
+        return {r["key"]: r["marks"] for r in sorted(lines, key=lambda r: bool(r["marks"]))}
+
+    pairs = {key_of(pair): pair for group in groups.values() for some in group for pair in some}
+    path = subject.path("judge.jsonl")
+    files = {path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}  # other runs were given the same controls
+    replies = read(files)
+    questions = {key: QUESTION.format(*pairs[key]) for key in sorted(pairs) if key not in replies}  # a random order
+    if questions:
+        tokens = sum(map(len, questions.values())) // 4, 300 * len(questions)
+        print(f"{len(questions):,} questions to {args.judge}, {len(pairs) - len(questions):,} replies known: about "
+              "{:,} tokens in, {:,} out".format(*tokens) + f", ${cost(args, *tokens):.2f}" * (args.price_out > 0))
+        if not os.environ.get("OPENAI_API_KEY", "").strip():
+            sys.exit("OPENAI_API_KEY is not set: export OPENAI_API_KEY=… (most local servers take any word)")
+        with open(path, "a", encoding="utf-8") as file:
+            if why := asyncio.run(ask_judge(questions, args, file)):
+                sys.exit(f"{why}\nthe replies so far are in {path}: the same command goes on")
+        replies = read(files)
+    figures, unfit = {"judge": args.judge}, []
+    marks = {name: [[m for pair in some if (m := replies[key_of(pair)])] for some in group]
+             for name, group in groups.items()}
+    for name, group in marks.items():
+        for mark in (*MARKS, "age"):
+            figures[mark + (name and ", " + name)] = interval([sum(m[mark] for m in some) for some in group],
+                                                              list(map(len, group)))
+    # who can judge marks the endings of other stories down for consistency, and words in disorder for grammar
+    for mark, other in (("consistency", "endings of others"), ("grammar", "shuffled endings")):
+        more = interval([a[0][mark] - b[0][mark] for a, b in zip(marks["true endings"], marks[other]) if a and b])
+        figures[f"{mark}, true endings over {other}"] = more
+        if not more or more[1] <= 0:
+            unfit.append(f"{mark} does not put true endings over {other}")
+    if unfit:
+        figures["judge"] += " (unfit)"
+        print(f"{args.judge} is unfit to judge: its {' and its '.join(unfit)}")
+    figures["replies without marks"] = sum(not replies[key] for key in pairs)
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# what is graded: a run, or somebody else's model
+
+
+class Published(torch.nn.Module):
+    """A language model of transformers' behind the surface of our GPT, as far as `score` and `generate` use it."""
+
+    def __init__(self, inner, bos, eot):
+        super().__init__()
+        self.inner, self.head, self.bos, self.eot = inner, inner.get_output_embeddings(), bos, eot
+        # the cache is its own; ours only counts
+        self.config = SimpleNamespace(block_size=inner.config.max_position_embeddings, n_layer=0, n_head=1, n_embd=1,
+                                      vocab_size=self.head.weight.size(0))
+
+    def forward(self, idx, targets=None, cache=None):
+        begin = not cache or cache.length == 0
+        if begin:  # some have one token before a text, and another after it
+            idx = torch.cat((idx[:, :1].masked_fill(idx[:, :1] == self.eot, self.bos), idx[:, 1:]), 1)
+        out = self.inner(idx, past_key_values=None if begin else cache.past, use_cache=cache is not None)
+        if cache:
+            cache.past, cache.length = out.past_key_values, cache.length + idx.size(1)
+        if targets is None:
+            return out.logits
+        return torch.nn.functional.cross_entropy(out.logits.float().transpose(1, 2), targets, ignore_index=-1,
+                                                 reduction="none")
+
+    def num_params(self, embedding=True):
+        tables = {id(p) for name, p in self.named_parameters() if re.search(r"(wte|wpe|embed_tokens|lm_head)\.", name)}
+        return sum(p.numel() for p in self.parameters() if embedding or id(p) not in tables)
+
+
+def load_published(name, device, args):
+    try:
+        import transformers
+    except ImportError:
+        sys.exit(f"hf:{name} needs a package more: pip install transformers")
+    if not args.dataset:
+        sys.exit(f"hf:{name} can be graded on any stories: name some that are prepared, --dataset=tinystories")
+    transformers.logging.set_verbosity_error()
+    try:
+        inner = transformers.AutoModelForCausalLM.from_pretrained(name).float().to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or name)
+    except (OSError, ValueError, ImportError) as e:
+        sys.exit(f"hf:{name} cannot be loaded: {str(e).strip().splitlines()[0]} (where it lacks a tokenizer, name "
+                 "another model's, such as --tokenizer=EleutherAI/gpt-neo-125M)")
+    eot = tokenizer.eos_token_id
+    bos = eot if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    encoding = SimpleNamespace(eot_token=eot,
+                               encode_ordinary=lambda text: tokenizer.encode(text, add_special_tokens=False),
+                               decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return Published(inner, bos, eot), encoding
+
+
+def load(name, device, args):
+    """What is graded: model, encoding, the tokenizer's hash, datasets, what the model expects before a story, kept
+    checkpoints, the time of the last, what to tell about it, and path(file), which says where a file about it goes."""
+    folder, prefix, kept = name, "", []
+    if name.startswith("hf:"):
+        model, encoding = load_published(name[3:], device, args)
+        checkpoint, when = {"tokenizer": None}, 0
+        folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
+        os.makedirs(folder, exist_ok=True)
+    else:
+        model, checkpoint = load_model(name, device)
+        if name.endswith(".pt"):  # out/a/ckpt-0000064.pt: its files are out/a/ckpt-0000064.eval.json and so on
+            folder, prefix, when = os.path.dirname(name), os.path.basename(name)[:-2], os.path.getmtime(name)
+        else:
+            when = os.path.getmtime(os.path.join(name, "ckpt.pt"))
+            kept = sorted(glob.glob(os.path.join(glob.escape(name), "ckpt-*.pt")))
+        encoding = make_encoding(load_ranks(folder))
+        if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
+            sys.exit(f"{folder}/tokenizer.tiktoken is not the one of this model: copy it from its dataset")
+    datasets = [args.dataset] if args.dataset else checkpoint["datasets"]
+    instructed = any(load_meta(d)["instruct"] for d in checkpoint.get("datasets", ()) if os.path.exists(f"data/{d}"))
+    about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
+             "context": model.config.block_size, "step": checkpoint.get("step")}
+    return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], datasets=datasets,
+                           before=instruction({}) if instructed else "", kept=kept, time=when, about=about,
+                           folder=folder, path=lambda file: os.path.join(folder, prefix + file))
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# corpora
 
 
 def describe(path):
     """{figure: text} of a file of stories: how many, how alike, and what their records say of them."""
-    stories, words, copies, near, once, used, asked = 0, 0, 0, 0, 0, 0, 0
-    seen, runs, grams = set(), {}, [set() for _ in range(4)]
-    vocabulary, plain = Counter(), Counter()
-    starts, openings, capitals, features, skills = Counter(), Counter(), Counter(), Counter(), Counter()
-    gram_words = 0
+    from generate import missing  # which knows the inflections
+    n, seen, runs, grams = Counter(), set(), {}, [set() for _ in range(4)]
+    vocabulary, plain, starts, openings, capitals, features, skills = (Counter() for _ in range(7))
     for record in read_records(path):
-        story = record["story"]
+        story, asked = record["story"], record.get("words") or []
         found = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", story)
         small = [word.lower() for word in found]
-        copies += (key := fingerprint(story)) in seen
-        seen.add(key)
         # of all runs of eight words one in sixteen is kept, the same ones in every story
-        kept = [run for run in (zlib.crc32(" ".join(small[i:i + 8]).encode()) for i in range(len(small) - 7))
-                if run % 16 == 0]
-        shared = Counter(runs[run] for run in kept if run in runs)
-        near += bool(shared) and shared.most_common(1)[0][1] > len(kept) / 2
+        kept = [run for run in (zlib.crc32(" ".join(some).encode()) for some in runs_of(small, 8)) if run % 16 == 0]
+        shared = Counter(runs[run] for run in kept if run in runs).most_common(1)
+        key = fingerprint(story)
+        if n["gram words"] < 100_000:
+            for i in range(4):
+                grams[i].update(runs_of(small, i + 1))
+            n["gram words"] += len(small)
+        n.update({"copies": key in seen, "near": bool(shared) and shared[0][1] > len(kept) / 2, "words": len(found),
+                  "once": "Once upon a time" in story, "asked": len(asked), "missing": len(missing(asked, story))})
         for run in kept:
-            runs.setdefault(run, stories)
-        if gram_words < 100_000:
-            for n in range(4):
-                grams[n].update(zip(*(small[i:] for i in range(n + 1))))
-            gram_words += len(small)
+            runs.setdefault(run, n["stories"])
+        n["stories"] += 1
+        seen.add(key)
         vocabulary.update(small)
         plain.update(word for word in found if word.islower())
         openings[re.split(r"(?<=[.!?])[\"”]?\s", story.strip(), maxsplit=1)[0]] += 1
-        once += "Once upon a time" in story
         starts[" ".join(found[:4])] += 1
         capitals.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", story)))
         features.update(record.get("features") or ())
         skills.update(span["skill"] for span in record.get("spans") or ())
-        if record.get("words"):
-            from generate import missing  # which knows the inflections
-            asked += len(record["words"])
-            used += len(record["words"]) - len(missing(record["words"], story))
-        stories, words = stories + 1, words + len(found)
-    if not stories:
+    if not n["stories"]:
         sys.exit(f"{path} holds no story")
-    share = lambda n: f"{100 * n / stories:.2f} %"
-    names = sorted((name for name in capitals if plain[name.lower()] < capitals[name] / 10), key=lambda name: -capitals[name])[:3]
-    figures = {"stories": f"{stories:,}", "words a story": f"{words / stories:.0f}",
-               "distinct words": f"{len(vocabulary):,}", "exact copies": share(copies), "near-copies": share(near),
-               "most common first sentence": share(openings.most_common(1)[0][1])}
-    for i, (start, n) in enumerate(starts.most_common(3), 1):
-        figures[f"opening {i}"] = f"{start} {share(n)}"
-    figures["with Once upon a time"] = share(once)
-    for i, name in enumerate(names, 1):
-        figures[f"name {i}"] = f"{name} {share(capitals[name])}"
-    for n in range(4):
-        figures[f"distinct {n + 1}-grams per 100,000 words"] = f"{len(grams[n]) * 1e5 / gram_words:,.0f}"
-    if asked:
-        figures["requested words used"] = f"{100 * used / asked:.1f} %"
-    figures.update({f"feature {name}": share(n) for name, n in sorted(features.items())})
-    figures.update({f"{skill} words per 100 words": f"{100 * n / words:.2f}" for skill, n in skills.items()})
+    def share(count):
+        return f"{100 * count / n['stories']:.2f} %"
+    names = [(name, count) for name, count in capitals.most_common() if plain[name.lower()] < count / 10][:3]
+    figures = {"stories": f"{n['stories']:,}", "words a story": f"{n['words'] / n['stories']:.0f}",
+               "distinct words": f"{len(vocabulary):,}", "exact copies": share(n["copies"]),
+               "near-copies": share(n["near"]), "most common first sentence": share(openings.most_common(1)[0][1])}
+    figures.update({f"opening {i}": f"{a} {share(m)}" for i, (a, m) in enumerate(starts.most_common(3), 1)})
+    figures["with Once upon a time"] = share(n["once"])
+    figures.update({f"name {i}": f"{name} {share(m)}" for i, (name, m) in enumerate(names, 1)})
+    figures.update({f"distinct {i}-grams per 100,000 words": f"{len(some) * 1e5 / n['gram words']:,.0f}"
+                    for i, some in enumerate(grams, 1)})
+    if n["asked"]:
+        figures["requested words used"] = f"{100 - 100 * n['missing'] / n['asked']:.1f} %"
+    figures.update({f"feature {name}": share(m) for name, m in sorted(features.items())})
+    figures.update({f"{skill} words per 100 words": f"{100 * m / n['words']:.2f}" for skill, m in skills.items()})
     return figures
 
 
@@ -179,32 +723,265 @@ def compare_stories(paths):
         if not os.path.isfile(path):
             sys.exit(f"no file {path}: name .jsonl or .txt files of stories")
     columns = [describe(path) for path in paths]
-    rows = list(dict.fromkeys(name for column in columns for name in column))
-    table = [["", *paths]] + [[name, *(column.get(name, "–") for column in columns)] for name in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for name, *cells in table:
-        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+    print_table([["", *paths]] + [[name, *(column.get(name, "–") for column in columns)]
+                                  for name in dict.fromkeys(name for column in columns for name in column)])
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# charts: inline SVG in one page that fetches nothing, needs no script, and follows the reader's light or dark
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #d8d8d8; --c0: #0b62b0; --c1: #c2500a;
+  --c2: #1a7f4b; --c3: #a2347f; --c4: #6d5a00; --c5: #0b7d8c; --c6: #b3262e; --c7: #5b4bb5 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --faint: #444; --c0: #6cb6ff;
+  --c1: #ff9d57; --c2: #5fd08f; --c3: #f08cd0; --c4: #e0c94a; --c5: #56d3e0; --c6: #ff8a8a; --c7: #b4a7ff } }
+body { margin: 0 auto; max-width: 68rem; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper) }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem 2rem }
+figure { margin: 0 } figcaption { font-weight: 600 } svg { display: block; width: 100% } svg text { fill: var(--ink) }
+.legend { font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 1rem } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin-top: 2rem }
+td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
+th:first-child, td:first-child { text-align: left; white-space: normal }
+"""
+
+
+def page(title, body):
+    """A page of HTML around a body of HTML; the title is escaped here."""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+<h1>{escape(title)}</h1>
+{body}
+</html>
+"""
+
+
+def ticks(low, high, log):
+    """Some three to six round numbers between low and high: steps of 1, 2 or 5 times a power of ten."""
+    if log:
+        few = high / low < 200
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = (m * 10.0 ** e for e in powers for m in ((1, 2, 5) if few else (1,)))
+        return [m for m in marks if low <= m <= high]
+    step = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
+    return [round(step * i, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value):
+    """1500000 as 1.5M."""
+    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
+    return f"{value / scale:.4g}{unit}"
+
+
+def chart(title, x_label, y_label, series, log_x=False, lines=True):
+    """HTML of a figure with a line or dots a series: {name: [(x, y)]}, or [(x, low, y, high)] with intervals.
+
+    Text is escaped; where no series has a point, "" comes back."""
+    series = {name: sorted((p[0], p[1], p[len(p) // 2], p[-1]) for p in points if not log_x or p[0] > 0)
+              for name, points in series.items()}
+    points = [p for some in series.values() for p in some]
+    if not points:
+        return ""
+    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    x0, x1 = (x0 / 1.2, x1 * 1.2) if log_x else (x0, x1) if x0 < x1 else (x0 - 1, x1 + 1)
+    y0, y1 = min(p[1] for p in points), max(p[3] for p in points)
+    room = 0.05 * (y1 - y0) or 0.1 * abs(y1) or 1
+    y0, y1 = y0 - room, y1 + room
+    at = math.log if log_x else float
+    def x_of(x):
+        return round(48 + 362 * (at(x) - at(x0)) / (at(x1) - at(x0)), 1)
+    def y_of(y):
+        return round(240 - 220 * (y - y0) / (y1 - y0), 1)
+    out = [f'<figure><figcaption>{escape(title)}</figcaption>'
+           f'<svg viewBox="0 0 420 284" font-size="12" role="img" aria-label="{escape(title)}">']
+    for y in ticks(y0, y1, False):
+        out.append(f'<path d="M48 {y_of(y)}H410" stroke="var(--faint)"/>'
+                   f'<text x="43" y="{y_of(y) + 4}" text-anchor="end">{short(y)}</text>')
+    for x in ticks(x0, x1, log_x):
+        out.append(f'<path d="M{x_of(x)} 240v5" stroke="var(--ink)"/>'
+                   f'<text x="{x_of(x)}" y="258" text-anchor="middle">{short(x)}</text>')
+    out.append(f'<path d="M48 240H410" stroke="var(--ink)"/><text x="5" y="12">{escape(y_label)}</text>'
+               f'<text x="410" y="278" text-anchor="end">{escape(x_label)}</text>')
+    legend = []
+    for i, (name, some) in enumerate(series.items()):
+        colour = f"var(--c{i % 8})"
+        legend.append(f'<span><span style="color: {colour}">●</span> {escape(name)}</span>')
+        if lines and some:
+            line, dashes = "L".join(f"{x_of(x)} {y_of(y)}" for x, _, y, _ in some), ' stroke-dasharray="4"' * (i > 7)
+            out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
+        for x, low, y, high in some if len(some) <= 40 or not lines else ():  # a long log is a line alone
+            bar = f'<path d="M{x_of(x)} {y_of(low)}V{y_of(high)}"/>' * (low < high)
+            out.append(f'<g stroke="{colour}" fill="{colour}"><title>{escape(name)}: {x:,g}, {y:.4g}</title>{bar}'
+                       f'<circle cx="{x_of(x)}" cy="{y_of(y)}" r="2.5"/></g>')
+    return "".join(out) + f'</svg><div class="legend">{" ".join(legend)}</div></figure>\n'
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# tables, and the page that compares runs
+
+
+def write_whole(path, text):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def cell(name, value):
+    """A figure of eval.json as text: [value, low, high], a number, text, or nothing."""
+    if isinstance(value, list):
+        digits = 4 if name.startswith("val_") else 3 if abs(value[0]) < 10 else 1
+        return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits)
+    if value is None or isinstance(value, str):
+        return value or "–"
+    return f"{value:,.4g}" if value % 1 else f"{value:,}"
+
+
+def table(results):
+    """Rows of text from {run: {section: {figure: value}}}: a figure with a cell a run, or a section's name alone."""
+    rows = [["", *results]]
+    for title in dict.fromkeys(title for result in results.values() for title in result if title != "steps"):
+        parts = [result.get(title, {}) for result in results.values()]
+        rows += [[title]] + [["  " + name, *(cell(name, part.get(name)) for part in parts)]
+                             for name in dict.fromkeys(name for part in parts for name in part)]
+    return rows
+
+
+def print_table(rows):
+    widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
+    for name, *cells in rows:
+        print(name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:])), sep="  ")
+
+
+def compare(results, folders):
+    """The page: charts of skill and loss against size, step, tokens and minutes, and the table."""
+    charts, size, logs = [], "parameters without embedding and head", {}
+    titles = dict.fromkeys(title for result in results.values() for title in result)
+
+    def by_size(title, figure):
+        return [(result["model"]["parameters"], value[1], value[0], value[2]) for result in results.values()
+                if (value := result.get(title, {}).get(figure))]
+
+    for title in titles:
+        if title.startswith(("probes", "spans")):
+            skills = dict.fromkeys(name for result in results.values() for name in result.get(title, ())
+                                   if not re.search("[,:]", name))
+            charts.append(chart(f"{title}: skill against size", size, "share passed",
+                                {skill: by_size(title, skill) for skill in skills}, log_x=True))
+    for name, result in results.items():
+        charts.append(chart(f"{name}: skill against step", "step", "share passed", result.get("steps", {}), True))
+        if os.path.exists(log := os.path.join(folders[name], "log.jsonl")):
+            with open(log) as f:
+                logs[name] = [record for record in map(json.loads, f) if "val_bpb" in record]
+    for label, key, unit in (("tokens", "tokens", 1), ("minutes", "seconds", 60)):
+        charts.append(chart(f"bits per byte against {label}", label, "val_bpb",
+                            {name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}))
+    charts.append(chart("bits per byte against size", size, "val_bpb", {
+        title: by_size(title, "val_bpb") for title in titles if title.startswith("loss")}, log_x=True))
+    rows = ["<tr>" + (f"<th colspan={1 + len(results)}>{escape(row[0])}" if len(row) == 1 else
+                      "".join(f"<td>{escape(text)}" for text in row)) for row in table(results)]
+    return page("Models compared", '<div class="charts">\n' + "".join(charts) + '</div>\n<div class="scroll"><table>\n'
+                + "\n".join(rows) + "\n</table></div>\n<p>In brackets: 95 % intervals, bootstrapped over stories, "
+                "probes or prompts.</p>")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+def steps(subject, probes, device):
+    """{skill: [(step, low, share of probes passed, high)]} of the checkpoints that train.py --keep=log leaves."""
+    found, sets = defaultdict(list), {"": probes, **{f" ({d})": read_spans(d, 100) for d in subject.datasets}}
+    for path in tqdm(subject.kept, desc="checkpoints", leave=False, disable=None):
+        model, checkpoint = load_model(path, device)
+        for name, some in sets.items():
+            passed = passes(model, subject.encoding, some) if some else []
+            for skill in dict.fromkeys(p["skill"] for p in some):
+                share, low, high = interval([x for x, p in zip(passed, some) if p["skill"] == skill])
+                found[skill + name].append((checkpoint["step"], low, share, high))
+    return found
+
+
+def sections(subject, wanted, probes, prompts, device, args):
+    """Yield (title, figures) of every section that is wanted, and that this model can be asked for."""
+    probes = [{**probe, "prompt": subject.before + probe["prompt"]} for probe in probes]
+    for name in subject.datasets:
+        if "loss" in wanted:
+            yield f"loss on {name}", loss(subject, name)
+    if "probes" in wanted:
+        sets = {"probes": probes, **{f"spans of {d}": read_spans(d, args.spans, by="kind") for d in subject.datasets}}
+        counts = count_phrases({c for some in sets.values() for p in some for c in p["right"] + p["wrong"]},
+                               subject.datasets[0])
+        for title, some in sets.items():
+            if some:
+                yield title, grade_probes(subject, some, counts)
+    if "completions" in wanted:
+        yield "completions", completions(subject, prompts, args)
+    for name in subject.datasets:
+        if "memorisation" in wanted:
+            yield f"memorisation of {name}", memorisation(subject, name, args)
+        if "instructions" in wanted and load_meta(name)["instruct"]:
+            yield f"instructions of {name}", instructions(subject, name, args)
+    if "steps" in wanted and subject.kept:
+        yield "steps", steps(subject, probes, device)
+    if "judge" in wanted:
+        yield "judge", judge(subject, prompts, args)
 
 
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a; the newest if none is named")
-    parser.option("dataset", "", "score on this dataset's validation stories instead of the run's own")
+    parser.option("only", "", "sections, of " + ",".join(SECTIONS) + " (default: those that need no judge)")
+    parser.option("dataset", "", "grade on this dataset's stories instead of the run's own")
     parser.add_argument("--stories", nargs="+", default=[], metavar="FILE", help="describe files of stories instead")
+    parser.option("probes", os.path.join(HERE, "data", "probes.json"), "right and wrong continuations")
+    parser.option("prompts", os.path.join(HERE, "data", "prompts.json"), "beginnings of stories")
+    parser.option("each", 10, "completions of each of those")
+    parser.option("max_tokens", 200, "longest completion")
+    parser.option("spans", 100, "marked words of each kind, where the dataset's stories have such")
+    parser.option("judge", "", "model that gives marks; the key is in OPENAI_API_KEY")
+    parser.option("base_url", "", "its server, where OPENAI_BASE_URL does not say it, e.g. http://localhost:8000/v1")
+    parser.option("price_in", 0.0, "dollars per million tokens of questions to it")
+    parser.option("price_out", 0.0, "dollars per million tokens of its replies")
+    parser.option("max_cost", math.inf, "stop before this command has cost more dollars")
+    parser.option("concurrency", 16, "questions under way at a time")
+    parser.option("tokenizer", "", "of hf: models that come without one: the name of another")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.stories:
         return compare_stories(args.stories)
+    wanted = args.only.split(",") if args.only else [s for s in SECTIONS if s != "judge" or args.judge]
+    if not set(wanted) <= set(SECTIONS):
+        sys.exit(f"--only={args.only} names other sections than {','.join(SECTIONS)}")
+    if "judge" in wanted and not args.judge:
+        sys.exit("who shall judge? --judge=gpt-4o-mini for one")
+    if args.max_cost < math.inf and not args.price_in + args.price_out:
+        sys.exit("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
+    if min(args.each, args.max_tokens, args.concurrency, args.spans) < 1:
+        sys.exit("--each, --max_tokens, --concurrency and --spans must be at least 1")
+    probes = read_list("probes", args.probes, lambda item: {"skill", "kind", "prompt", "right", "wrong"} <= set(item))
+    prompts = read_list("prompts", args.prompts, lambda item: isinstance(item, str))
     device, _ = pick_device(args.device, "float32")
-    for run in args.runs or [find_run()]:
-        model, checkpoint = load_model(run, device)
-        for dataset in [args.dataset] if args.dataset else checkpoint["datasets"]:
-            if load_meta(dataset)["tokenizer"]["sha256"] != checkpoint["tokenizer"]:
-                sys.exit(f"{run} was trained with another tokenizer than data/{dataset} has: "
-                         f"python prepare.py --dataset={dataset} --tokenizer={checkpoint['datasets'][0]}")
-            result = evaluate(model, dataset)
-            print(f"{run} on {dataset}: val_bpb {result['val_bpb']:.4f}, val_loss {result['val_loss']:.4f} nats a token"
-                  + "".join(f", {skill} {share:.1%}" for skill, share in skill_accuracy(model, dataset).items()))
+    results, folders = {}, {}
+    for name in args.runs or [find_run()]:
+        subject = load(name, device, args)
+        path, result = subject.path("eval.json"), {}
+        if os.path.exists(path) and os.path.getmtime(path) > subject.time:  # else it tells of an older checkpoint
+            with open(path) as f:
+                result = json.load(f)
+        result["model"] = subject.about
+        for title, figures in sections(subject, wanted, probes, prompts, device, args):
+            result[title] = figures
+            result = dict(sorted(result.items(), key=lambda item: ORDER.index(item[0].split()[0])))
+            write_whole(path, json.dumps(result, indent=1))
+        results[name], folders[name] = result, subject.folder
+    print_table(table(results))
+    if len(results) > 1:
+        os.makedirs("out", exist_ok=True)
+        write_whole(os.path.join("out", "compare.html"), compare(results, folders))
+        print("charts: out/compare.html")
 
 
 if __name__ == "__main__":

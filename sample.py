@@ -37,12 +37,12 @@ def pick(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 @torch.inference_mode()
 def generate(model, ids, max_tokens, seeds, eot, **how):
-    """Yield the next token ids (B,) of B = len(seeds) continuations of `ids` (T,), until all have ended.
+    """Yield the next token ids (B,) of B = len(seeds) continuations of `ids` (T,), or (B, T), until all have ended.
 
     A continuation ends with `eot`, which it then repeats. Each draws from its own seed, so that it is the same in any
     batch. When the context is full its later half is read again, and the rest forgotten. how: see `pick`."""
     device, block = model.head.weight.device, model.config.block_size
-    text = torch.tensor([ids], device=device).expand(len(seeds), -1)  # (B, T)
+    text = torch.tensor(ids, device=device).expand(len(seeds), -1)  # (B, T)
     draws = torch.stack([torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
     cache, new = Cache(model, len(seeds)), text
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)

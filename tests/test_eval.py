@@ -1,17 +1,59 @@
-"""eval.py: the metric scores every token once, from its own story alone, whatever the batch."""
+"""eval.py: the metric scores every token once, from its own story alone, whatever the batch; what is counted in
+probes, completions and marks is what a plain count gives; other people's models are measured like ours."""
+import json
 import math
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import eval
+import test_probes
 from conftest import make_stories, write_jsonl
-from prepare import load_meta, load_tokenizer, load_tokens
+from prepare import SKILLS, load_meta, load_tokenizer, load_tokens
 from prepare import main as prepare
+from sample import tell
+from test_generate import Server, answer
 from test_model import make_model
 
 EOT = 96
+
+
+def load(name, dataset="tiny"):
+    """What main() grades: a run's folder, or hf:folder."""
+    return eval.load(name, torch.device("cpu"), SimpleNamespace(dataset=dataset, tokenizer=""))
+
+
+def stand_in(model, dataset, before=""):
+    """A model that is no run, ready to be graded."""
+    meta = load_meta(dataset)
+    return SimpleNamespace(model=model, encoding=load_tokenizer(dataset), tokenizer=meta["tokenizer"]["sha256"],
+                           datasets=[dataset], before=before, time=0, path=lambda name: name)
+
+
+class Parrot(torch.nn.Module):
+    """Knows stories by heart: after a beginning of one of them it goes on as that one does."""
+
+    def __init__(self, tokens, eot, vocab_size):
+        super().__init__()
+        self.head, self.eot = torch.nn.Linear(1, 1), eot
+        self.config = SimpleNamespace(block_size=512, vocab_size=vocab_size, n_layer=0, n_head=1, n_embd=1)
+        self.next = {}
+        for story in eval.split_stories(tokens, eot):
+            story = story.tolist() + [eot]
+            self.next.update({tuple(story[:i]): story[i] for i in range(len(story))})
+
+    def forward(self, idx, cache):
+        cache.text = torch.cat((cache.text, idx), 1) if cache.length else idx
+        cache.length += idx.size(1)
+        logits = torch.full((len(idx), 1, self.config.vocab_size), -1e9)
+        for row, text in zip(logits, cache.text.tolist()):
+            row[0, self.next.get(tuple(text[1:]), self.eot)] = 0
+        return logits
 
 
 def test_every_token_is_scored_once_with_at_least_half_a_context():
@@ -38,16 +80,25 @@ def test_scores_agree_with_one_story_at_a_time():
         assert np.allclose(eval.score(model, tokens, EOT, batch_tokens=batch_tokens), expected, atol=1e-4)
 
 
+def read_results(run):
+    with open(os.path.join(run, "eval.json")) as f:
+        return json.load(f)
+
+
 def test_bits_per_byte_of_a_run(run, in_prepared, capsys):
     """Nats over bytes over ln 2; a model that knows nothing needs log2(512) bits a token."""
-    eval.main([run, "--device=cpu"])
-    bpb = float(capsys.readouterr().out.split("val_bpb ")[1].split(",")[0])
+    eval.main([run, "--device=cpu", "--only=loss"])
+    found = read_results(run)["loss on tiny"]
+    assert f"{found['val_bpb'][0]:.4f} [" in capsys.readouterr().out
     meta, model = load_meta("tiny"), make_model(vocab_size=512)
     torch.nn.init.zeros_(model.head.weight)
     blind = eval.evaluate(model, "tiny")
     assert blind["val_loss"] == pytest.approx(math.log(512), rel=1e-5)
     assert blind["val_bpb"] == pytest.approx(9 * (meta["val"]["tokens"] - 1) / meta["val"]["bytes"], rel=1e-5)
-    assert 0 < bpb < 0.7 * blind["val_bpb"]
+    bpb, low, high = found["val_bpb"]
+    assert 0 < low < bpb < high < 0.7 * blind["val_bpb"] and high - low < 0.1 * bpb
+    trained, _ = eval.load_model(run)
+    assert bpb == pytest.approx(eval.evaluate(trained, "tiny")["val_bpb"], rel=1e-5)
 
 
 def test_the_first_stories_can_stand_for_all(in_prepared):
@@ -60,11 +111,14 @@ def test_the_first_stories_can_stand_for_all(in_prepared):
     assert eval.evaluate(model, "tiny", max_stories=10**6) == eval.evaluate(model, "tiny")
 
 
-def test_a_dataset_with_another_tokenizer_is_refused(run, in_prepared):
-    write_jsonl(in_prepared / "data/strange/s.jsonl", make_stories(50))
+def test_text_that_was_prepared_with_another_tokenizer_is_encoded_with_the_runs_own(run, in_prepared):
+    write_jsonl(in_prepared / "data/strange/s.jsonl", make_stories(50, seed=3))
     prepare(["--dataset=strange", "--vocab_size=300", "--val_fraction=0.2"])
-    with pytest.raises(SystemExit, match="another tokenizer than data/strange .*--dataset=strange --tokenizer=tiny"):
-        eval.main([run, "--dataset=strange"])
+    prepare(["--dataset=same", "--input=data/strange", "--tokenizer=tiny", "--val_fraction=0.2"])
+    subject = load(run, dataset="strange")
+    found = eval.loss(subject, "strange")
+    assert found["val_bpb"] == pytest.approx(eval.loss(subject, "same")["val_bpb"])
+    assert found["val_bpb"][0] == pytest.approx(eval.evaluate(subject.model, "same")["val_bpb"], rel=1e-5)
 
 
 def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
@@ -114,3 +168,394 @@ def test_stories_are_described_side_by_side(workplace, capsys):
     assert any("exact copies" in name for name in table)
     with pytest.raises(SystemExit, match="no file c.jsonl"):
         eval.main(["--stories", "c.jsonl"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# intervals, loss, probes
+
+def test_intervals_hold_the_truth_95_times_in_100():
+    draw = np.random.default_rng(1)
+    held = 0
+    for _ in range(100):
+        value, low, high = eval.interval(draw.exponential(2, 60))
+        assert low < value < high
+        held += low < 2 < high
+    assert 85 <= held <= 99
+    assert eval.interval([1, 3], [2, 6])[0] == 0.5 and eval.interval([0.0], [0.0]) is None and eval.interval([]) is None
+    assert eval.interval([4, 8, 6], [2, 4, 3]) == [2, 2, 2]  # a ratio that is the same everywhere is certain
+
+
+def test_loss_of_each_skill(in_prepared):
+    """Against the marked word of each story alone; shares of text and loss sum to one."""
+    model, encoding = make_model(vocab_size=512, block_size=256), load_tokenizer("tiny")
+    found = eval.loss(stand_in(model, "tiny"), "tiny")
+    val = {encoding.decode(ids.tolist()) for ids in eval.split_stories(load_tokens("tiny", "val"), encoding.eot_token)}
+    costs = []
+    for record in make_stories(300):
+        if record["story"] in val:
+            span, = record["spans"]
+            ids = [encoding.eot_token] + encoding.encode_ordinary(record["story"])
+            nats = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[0]
+            first = len(encoding.encode_ordinary(record["story"][:span["start"]].rstrip()))
+            last = len(encoding.encode_ordinary(record["story"][:span["end"]]))
+            costs.append(nats[first:last].sum().item())
+    assert len(costs) == load_meta("tiny")["val"]["stories"] == found["stories"]
+    assert found["reasoning words, nats each"][0] == pytest.approx(np.mean(costs), rel=1e-4)
+    assert "fact words, nats each" not in found and 0 < found["reasoning words, share of text"][0] < 0.1
+    for share in ("text", "loss"):
+        assert found[f"reasoning words, share of {share}"][0] + found[f"all other words, share of {share}"][0] == \
+            pytest.approx(1)
+
+
+def test_probes_are_passed_by_the_likelier_continuation(in_prepared):
+    """Against the sum of log-likelihoods of one continuation at a time, straight from the logits."""
+    model, encoding = make_model(vocab_size=512, block_size=128), load_tokenizer("tiny")
+    def cost(prompt, continuation):
+        ids = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(prompt + continuation)])
+        return model(ids[:, :-1], ids[:, 1:])[0, len(encoding.encode_ordinary(prompt)):].sum().item()
+    probes = test_probes.PROBES[::7]
+    expected = [min(cost(p["prompt"], c) for c in p["right"]) < min(cost(p["prompt"], c) for c in p["wrong"])
+                for p in probes]
+    assert eval.passes(model, encoding, probes).tolist() == expected and 0.1 < np.mean(expected) < 0.9
+
+
+def test_shortcuts_are_counted_right(in_prepared):
+    encoding = load_tokenizer("tiny")
+    for name, score in (("nearest mentioned", lambda p: lambda c: max(eval.places(p, c), default=-1)),
+                        ("most often mentioned", lambda p: lambda c: len(eval.places(p, c)))):
+        for probe in test_probes.PROBES:
+            assert eval.shortcut(probe, score(probe)) == test_probes.shortcut_passes(probe, name)
+    text = encoding.decode(load_tokens("tiny", "train").tolist()).lower()
+    counts = eval.count_phrases([" ball", " a red", " Tim", " trumpet"], "tiny")
+    assert counts == {word: len(re.findall(rf"\b{word}\b", text)) for word in ("ball", "a red", "tim", "trumpet")}
+    probe = {"skill": "fact", "kind": "x", "prompt": "Tim saw a", "right": [" ball"], "wrong": [" trumpet", " drum"]}
+    found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], counts)
+    assert found["fact, the most frequent in train"][0] == 1 and found["fact, by chance"][0] == pytest.approx(1 / 3)
+    assert found["fact: x"] == found["fact"]
+
+
+def test_spans_are_probes_by_kind_and_depth(workplace):
+    import world
+    world.main(["--n=2000", "--kind=lego", "--seed=3"])
+    prepare(["--dataset=lego", "--vocab_size=300", "--clean=False"])
+    spans = eval.read_spans("lego", 5, by="kind")
+    kinds = {p["kind"] for p in spans}
+    assert "lego, depth  0" in kinds and "lego, depth 10" in kinds
+    assert all(p["right"][0][1:] == p["wrong"][0][1:] == "1" and p["right"] != p["wrong"] for p in spans)
+    found = eval.grade_probes(stand_in(make_model(vocab_size=300, block_size=128), "lego"), spans, {"+1": 1, "-1": 1})
+    assert {f"reasoning: {kind}" for kind in kinds} < set(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# completions, memorisation, instructions
+
+PROMPTS = ["Once upon a time Tim went to the", "One day Lily saw a red ball and", "Mom said, \"You may not take"]
+
+
+def test_completions_are_those_of_one_prompt_alone(run, in_prepared):
+    subject = load(run)
+    found = eval.complete(subject, PROMPTS, 40, each=2)
+    for i, prompt in enumerate(PROMPTS):
+        begin = subject.encoding.encode_ordinary(prompt)
+        alone = tell(subject.model, subject.encoding, prompt, 40, [2 * i + 1, 2 * i + 2], temperature=1.0)
+        assert [begin + ids for ids in found[i]] == alone
+
+
+def test_what_is_counted_in_completions(run, in_prepared, tmp_path):
+    """Everything again from samples.bin, story by story."""
+    subject, args = load(run), SimpleNamespace(each=3, max_tokens=60)
+    found = eval.completions(subject, PROMPTS, args)
+    encoding, tokens = subject.encoding, np.fromfile(subject.path("samples.bin"), "<u2")
+    stories = [encoding.decode(part.tolist()) for part in eval.split_stories(tokens, encoding.eot_token)]
+    told = [story.removeprefix(PROMPTS[i // 3]) for i, story in enumerate(stories)]
+    words = [re.findall(r"\w+", text.lower()) for text in told]
+    assert found["length in words"][0] == pytest.approx(np.mean([len(w) for w in words]))
+    fours = [list(zip(w, w[1:], w[2:], w[3:])) for w in words]
+    assert found["4-grams that repeat one of the same text"][0] == pytest.approx(
+        sum(len(f) - len(set(f)) for f in fours) / sum(map(len, fours)))
+    assert found["distinct 1-grams among a prompt's"][0] == pytest.approx(
+        sum(len(set(sum(words[i:i + 3], []))) for i in (0, 3, 6)) / sum(map(len, words)))
+    pairs = [set(zip(w, w[1:])) for w in words]
+    assert found["Rouge-2 with the likest other"][0] == pytest.approx(np.mean([max(
+        2 * len(a & b) / (len(a) + len(b)) for j, b in enumerate(pairs) if i != j) for i, a in enumerate(pairs)]))
+    ids = [ids for some in eval.samples(subject, PROMPTS, args, again=False) for ids in some]
+    assert [encoding.decode(row) for row in ids] == told  # what is kept is read back
+    assert found["ended by themselves"][0] == pytest.approx(np.mean([len(row) < 60 for row in ids]))
+
+
+def test_shared_runs_against_plain_search():
+    draw = np.random.default_rng(0)
+    stream = draw.integers(0, 6, 3000).astype(np.uint16)
+    queries = [draw.integers(0, 6, n).tolist() for n in (3, 5, 30, 60)] + [stream[100:140].tolist() + [7] * 3]
+    runs = {k: {tuple(stream[i:i + k].tolist()) for i in range(len(stream) - k + 1)} for k in range(5, 42)}
+    inside = [{k: [tuple(q[i:i + k]) in runs[k] for i in range(len(q) - k + 1)] for k in runs} for q in queries]
+    longest = [max([k for k in runs if any(found[k])], default=0) for found in inside]
+    share = [np.mean(found[5]) if found[5] else 0 for found in inside]
+    assert longest[4] == 40 and any(0 < some < 0.9 for some in share)
+    for piece in (1 << 20, 64, 7):
+        found = eval.shared_runs(queries, stream, piece=piece)
+        assert found[0].tolist() == longest and found[1] == pytest.approx(share)
+
+
+@pytest.fixture
+def fine(in_prepared):
+    """data/fine: stories of more than 75 tokens, since its vocabulary is small, of which no two begin alike."""
+    if not os.path.exists("data/fine/meta.json"):
+        write_jsonl(in_prepared / "data/fine/stories.jsonl", [
+            {"story": f"Tale {i}. {record['story']}"} for i, record in enumerate(make_stories(300))])
+        prepare(["--dataset=fine", "--vocab_size=280", "--val_fraction=0.1"])
+
+
+def test_a_parrot_is_found_out(fine):
+    """A model that knows train by heart gives back the true endings, and nothing after the beginnings of val."""
+    meta, args = load_meta("fine"), SimpleNamespace(max_tokens=300)
+    parrot = Parrot(load_tokens("fine", "train"), meta["eot"], meta["vocab_size"])
+    found = eval.memorisation(stand_in(parrot, "fine"), "fine", args)
+    assert found["Rouge-2 precision against the true ending, train"] == [1, 1, 1]
+    assert found["Rouge-2 precision against the true ending, val"] is None
+    assert found["5-grams of tokens that stand in train, train completed"] == [1, 1, 1]
+    assert found["longest run that stands in train, train completed"][0] > 30
+    assert found["5-grams of tokens that stand in train, true endings of val"][0] < 1
+
+
+def test_instructions_followed(workplace):
+    """A parrot of the validation stories has what their instructions ask for; one that knows nothing has not."""
+    write_jsonl(workplace / "data/x/stories.jsonl", [
+        {**r, "words": ["took", r["words"][0], "happy"]} for r in make_stories(600)])
+    prepare(["--dataset=asked", "--input=data/x", "--instruct", "--hold_out=words+summary", "--vocab_size=512",
+             "--val_fraction=0.2"])
+    meta, args = load_meta("asked"), SimpleNamespace(max_tokens=150)
+    parrot = Parrot(load_tokens("asked", "val"), meta["eot"], meta["vocab_size"])
+    found = eval.instructions(stand_in(parrot, "asked"), "asked", args)
+    assert set(found) == {f"{what}, {group} combinations" for what in ("words used", "sentences included")
+                          for group in ("seen", "held-out")}
+    assert all(value == [1, 1, 1] for value in found.values())
+    parrot.next = {}
+    found = eval.instructions(stand_in(parrot, "asked"), "asked", args)
+    assert all(value == [0, 0, 0] for value in found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the judge, on a server on loopback
+
+MARKS = """It is fine.
+
+**Grammar**: {}/10
+Creativity: 5
+Consistency with the beginning: {}
+Plot: 4.5
+Age group: B"""
+
+
+@pytest.fixture
+def judged(run, in_prepared, fine, monkeypatch):
+    """Has a judge, who is given as a function of prompts, grade two completions each of two prompts."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    (in_prepared / "prompts.json").write_text(json.dumps(PROMPTS[:2]))
+    for name in ("judge.jsonl", "eval.json"):
+        if os.path.exists(f"{run}/{name}"):
+            os.remove(f"{run}/{name}")
+    encoding = load_tokenizer("fine")
+    stories = "\n\n".join(encoding.decode(part.tolist())
+                         for part in eval.split_stories(load_tokens("fine", "val"), encoding.eot_token))
+
+    def grade(behave, *options):
+        with Server(behave) as server:
+            try:
+                eval.main([run, "--only=judge", "--dataset=fine", "--judge=critic", f"--base_url={server.url}",
+                           "--device=cpu", "--each=2", "--max_tokens=20", "--prompts=prompts.json", *options])
+            finally:
+                grade.asked = [request["messages"][0]["content"] for request in server.requests]
+        return read_results(run)["judge"]
+
+    def fair(prompt, times):
+        begin, end = re.search(r"work\.\n\n(.*) \*\*\* (.*)\n\nFirst write", prompt, re.DOTALL).groups()
+        true = f"{begin} {end}" in stories
+        return answer(MARKS.format(9 if true or end[:40] in stories else 2, 9 if true else 3))
+    grade.fair = fair
+    return grade
+
+
+def test_marks_and_controls(judged, capsys):
+    found = judged(judged.fair)
+    controls = load_meta("fine")["val"]["stories"]
+    assert len(judged.asked) <= 4 + 3 * min(30, controls) and len(set(judged.asked)) == len(judged.asked)
+    assert found["judge"] == "critic" and found["replies without marks"] == 0
+    assert found["grammar, true endings"] == [9, 9, 9] and found["grammar, shuffled endings"] == [2, 2, 2]
+    assert found["consistency, endings of others"] == [3, 3, 3] and found["age"] == [4.5, 4.5, 4.5]
+    assert found["plot"] == [4.5, 4.5, 4.5] and "about" in capsys.readouterr().out
+    assert not any(name in question for question in judged.asked for name in ("true ending", "shuffled", "control"))
+    assert judged(judged.fair) == found and judged.asked == []  # a second run pays nothing
+
+
+def test_a_judge_that_cannot_tell_is_unfit(judged, capsys):
+    found = judged(lambda prompt, times: answer(MARKS.format(7, 7)))
+    assert found["judge"] == "critic (unfit)"
+    out = capsys.readouterr().out
+    assert "consistency does not put true endings over endings of others and its grammar does not" in out
+
+
+def test_replies_without_marks_are_asked_for_once_more(judged):
+    found = judged(lambda prompt, times: answer("Nice." if times == 1 or "***" in prompt and "park" in prompt else
+                                                MARKS.format(7, 7)))
+    some = {question for question in judged.asked if "park" in question}
+    assert len(judged.asked) == 2 * len(set(judged.asked)) and found["replies without marks"] == len(some) > 0
+
+
+def test_what_was_paid_is_kept_when_a_limit_is_reached(judged, run):
+    with pytest.raises(SystemExit, match="(?s)might pass --max_cost=0.02.*the same command goes on"):
+        judged(judged.fair, "--max_cost=0.02", "--price_in=1", "--price_out=2", "--concurrency=2")
+    first = judged.asked
+    assert 0 < len(first) < 50
+    judged(judged.fair)
+    assert not set(judged.asked) & set(first)
+    with open(f"{run}/judge.jsonl") as f:
+        assert "sk-secret" not in f.read()
+
+
+def test_a_judge_that_refuses_ends_the_run_in_one_line(judged, monkeypatch):
+    refusal = json.dumps({"error": {"message": "bad key sk-secret", "code": "invalid_api_key"}})
+    with pytest.raises(SystemExit, match=r"(?s)bad key \(key\).*the same command goes on") as end:
+        judged(lambda prompt, times: (401, {}, refusal))
+    assert "sk-secret" not in str(end.value)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY is not set"):
+        judged(judged.fair)
+
+
+def test_marks_are_read_or_refused():
+    good = MARKS.format(10, 3)
+    assert eval.read_marks(good) == {"grammar": 10, "creativity": 5, "consistency": 3, "plot": 4.5, "age": 4.5}
+    assert eval.read_marks("Grammar: 1\nas an example\n" + good)["grammar"] == 10  # the last word counts
+    for bad in (good.replace("10/10", "11"), good.replace("10/10", "0"), good.replace("Plot: 4.5", ""),
+                good.replace("group: B", "group: G"), "", good.replace("10/10", "100")):
+        assert eval.read_marks(bad) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# other people's models
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama"])
+def test_published_models(kind, in_prepared, capsys):
+    """Small random ones, saved here: bits per byte agrees with one story at a time, straight from their logits."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import ByteLevelBPETokenizer
+    encoding = load_tokenizer("tiny")
+    texts = [encoding.decode(p.tolist()) for p in eval.split_stories(load_tokens("tiny", "val"), encoding.eot_token)]
+    inner = ByteLevelBPETokenizer()
+    inner.train_from_iterator(texts, vocab_size=400, special_tokens=["<s>", "</s>"] if kind == "llama" else
+                              ["<|endoftext|>"], show_progress=False)
+    special = {"bos_token": "<s>", "eos_token": "</s>"} if kind == "llama" else {"eos_token": "<|endoftext|>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer, **special)
+    size = len(tokenizer)
+    config = {
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2),
+        "gpt_neo": lambda: transformers.GPTNeoConfig(
+            vocab_size=size, max_position_embeddings=128, hidden_size=32, num_layers=2, num_heads=2,
+            attention_types=[[["global", "local"], 1]], window_size=16),
+        "llama": lambda: transformers.LlamaConfig(
+            vocab_size=size, max_position_embeddings=128, hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+            num_attention_heads=2)}[kind]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # far from uniform
+    model.save_pretrained(f"theirs/{kind}")
+    tokenizer.save_pretrained(f"theirs/{kind}")
+    nats = 0.0
+    bos, eos = special.get("bos_token", special["eos_token"]), special["eos_token"]
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(bos + text + eos)])
+        assert ids.size(1) <= 128 and tokenizer.decode(ids[0, 1:-1]) == text
+        with torch.no_grad():
+            nats += torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+    with pytest.raises(SystemExit, match="--dataset=tinystories"):
+        eval.main([f"hf:theirs/{kind}"])
+    (in_prepared / "prompts.json").write_text(json.dumps(PROMPTS))
+    eval.main([f"hf:theirs/{kind}", "--dataset=tiny", "--only=loss,completions", "--device=cpu", "--each=2",
+               "--max_tokens=20", "--prompts=prompts.json"])
+    found = read_results(f"out/hf-{kind}")
+    size = sum(len(text.encode()) for text in texts)
+    assert found["loss on tiny"]["val_bpb"][0] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert found["completions"]["length in words"][0] > 0
+    assert found["model"]["parameters"] == sum(
+        p.numel() for name, p in model.named_parameters() if "h." in name or "layers." in name or "norm" in name
+        or "ln_f" in name)
+    # with their own cache, greedy text is the argmax of the model without one; past the context as well
+    subject, ids = load(f"hf:theirs/{kind}"), torch.tensor([[5, 6, 7]])
+    told = list(eval.generate(subject.model, ids[0].tolist(), 20, [0], -1, temperature=0))
+    for token in told:
+        with torch.no_grad():
+            assert model(ids).logits[0, -1].argmax() == token
+        ids = torch.cat((ids, token[None]), 1)
+
+
+def test_without_transformers_the_error_says_what_to_install(workplace, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(SystemExit, match="pip install transformers"):
+        eval.main(["hf:some/model", "--dataset=tiny"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the whole, and its page
+
+def test_two_runs_and_their_page(run, in_prepared, capsys):
+    """Sections that are not made again stay; those of an older checkpoint do not."""
+    import shutil
+    import train
+    if not os.path.exists("out/<b>"):
+        train.main(["--dataset=tiny", "--n_layer=1", "--n_embd=32", "--block_size=64", "--max_steps=9", "--evals=3",
+                    "--out_dir=out/<b>", "--batch_tokens=256", "--compile=False", "--device=cpu", "--keep=log"])
+    (in_prepared / "prompts.json").write_text(json.dumps(PROMPTS))
+    capsys.readouterr()
+    options = ["--device=cpu", "--each=2", "--max_tokens=20", "--prompts=prompts.json", "--spans=10"]
+    eval.main([run, "out/<b>", *options])
+    out = capsys.readouterr().out
+    assert "memorisation of tiny" in out and "out/<b>" in out.splitlines()[0]
+    before = read_results("out/<b>")
+    assert list(before) == ["model", "loss on tiny", "probes", "completions", "memorisation of tiny", "steps"]
+    assert [point[0] for point in before["steps"]["fact"]] == [1, 2, 4, 8]
+    eval.main(["out/<b>", "--only=loss", *options])
+    assert read_results("out/<b>") == before  # the loss too: it is deterministic
+    with open("out/compare.html", encoding="utf-8") as f:
+        page = f.read()
+    assert page.count("<svg") == 5 and "&lt;b&gt;" in page and "out/<b>" not in page
+    assert not re.search(r"<script|https?://|@import|url\(", page) and "prefers-color-scheme: dark" in page
+    later = os.path.getmtime("out/<b>/eval.json") + 5
+    os.utime("out/<b>/ckpt.pt", (later, later))
+    eval.main(["out/<b>", "--only=loss", *options])
+    assert set(read_results("out/<b>")) == {"model", "loss on tiny"}
+    shutil.rmtree("out/<b>")
+
+
+def test_charts_are_well_formed_and_show_every_point():
+    series = {"one": [(1, 0.1, 0.2, 0.3), (1e6, 0.2, 0.4, 0.5)], "<two>": [(5, 0.1)], "no": []}
+    svg = eval.chart("<a & b>", "x", "y", series, log_x=True)
+    figure = ElementTree.fromstring(svg)
+    assert figure.find("figcaption").text == "<a & b>" and len(list(figure.iter("circle"))) == 3
+    heights = [float(c.get("cy")) for c in figure.iter("circle")]
+    assert heights[1] < heights[0] < heights[2]  # 0.4 above 0.2 above 0.1
+    assert eval.chart("t", "x", "y", {"none": []}) == eval.chart("t", "x", "y", {}) == ""
+    for points in ([(3, 7)], [(0, 0), (0, 0)], [(1e-9, 5), (2e-9, 5)], [(i, i * 1e9) for i in range(1000)]):
+        ElementTree.fromstring(eval.chart("t", "x", "y", {"a": points}))
+    for low, high in ((0, 1), (0.6, 0.7), (-3, 11), (1e-7, 3e-7), (0, 12345)):
+        assert 3 <= len(eval.ticks(low, high, False)) <= 7
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--only=loss,taste"], "names other sections than loss,probes"),
+    (["--only=judge"], "who shall judge"),
+    (["--judge=x", "--max_cost=1"], "--max_cost needs the prices"),
+    (["--probes=none.json"], "cannot read --probes=none.json"),
+    (["--probes=bad.json"], "--probes=bad.json has not the form of data/probes.json"),
+    (["--prompts=bad.json"], "--prompts=bad.json has not the form of data/prompts.json"),
+    (["--prompts=none.json"], "cannot read --prompts=none.json"),
+    (["--each=0"], "must be at least 1"),
+    (["out/none"], "no checkpoint out/none/ckpt.pt"),
+])
+def test_bad_input_ends_in_one_line(workplace, options, expected):
+    (workplace / "bad.json").write_text('[{"skill": "fact"}]')
+    with pytest.raises(SystemExit, match=expected) as end:
+        eval.main(options)
+    assert "\n" not in str(end.value)
