@@ -9,9 +9,7 @@
 
 Estimates come with the 95 % interval of a bootstrap over stories, probes or prompts. All go to out/<run>/eval.json.
 """
-import asyncio
 import glob
-import hashlib
 import json
 import math
 import os
@@ -31,27 +29,12 @@ from tqdm import tqdm
 from model import find_run, load_model, pick_device
 from prepare import (INSTRUCTIONS, SKILLS, Parser, file_hash, find_files, fingerprint, instruction, load_meta,
                      load_ranks, load_tokenizer, load_tokens, make_encoding, read_records, start)
+from report import chart, interval, page, print_table, table, write_whole
 from sample import generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
 ORDER = ("model", "loss", "probes", "spans", *SECTIONS[2:])  # of eval.json; spans are the dataset's own probes
-
-
-def interval(top, bottom=None):
-    """[sum(top) / sum(bottom), low, high]: a ratio, or a mean where `bottom` is None, with its 95 % interval; or None.
-
-    top, bottom: (N,), one number for each story, probe or prompt; of these, N are drawn with replacement a thousand
-    times (the percentile bootstrap, Efron 1979). Equal N have equal draws."""
-    top, bottom = np.asarray(top, float), np.ones(len(top)) if bottom is None else np.asarray(bottom, float)
-    if not bottom.sum():
-        return None
-    draw, ratios = np.random.default_rng(0), []
-    for _ in range(1000):
-        pick = draw.integers(0, len(top), len(top))
-        if below := bottom[pick].sum():
-            ratios.append(top[pick].sum() / below)
-    return [float(top.sum() / bottom.sum()), *np.quantile(ratios, (0.025, 0.975)).tolist()]
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -447,142 +430,6 @@ def instructions(subject, dataset, args):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# judge: the paper's procedure in words of our own, and in one question: an assessment first, then marks
-
-
-MARKS, AGES = ("grammar", "creativity", "consistency", "plot"), dict(zip("ABCDEF", (3, 4.5, 6.5, 8.5, 11, 14.5)))
-QUESTION = """Below is the beginning of a story. It breaks off in the middle of a sentence, at the sign ***. A student
-was asked to go on from there, and what follows the sign is the student's work.
-
-{} *** {}
-
-First write a short assessment of the student's part alone: is its grammar right, does it fit the beginning (does it
-also finish the broken sentence well), does what happens make a story, are there ideas of its own in it? After that
-give marks from 1 (worst) to 10 (best), and guess how old the student is: A: 3 or younger, B: 4 or 5, C: 6 or 7,
-D: 8 or 9, E: 10 to 12, F: 13 to 16. End with exactly these five lines, each with your mark or letter:
-Grammar:
-Creativity:
-Consistency with the beginning:
-Plot:
-Age group:"""
-
-
-def read_marks(reply):
-    """{mark: 1 to 10, "age": years} of a judge's reply; None where one is missing, or is none."""
-    found = {}
-    for name in (*MARKS, "age"):
-        what = r"([A-F])\b" if name == "age" else r"(10|[1-9](?:\.\d)?)(?![\d.]*\d)"
-        lines = re.findall(rf"^\W*{name}\b[^:\n]*:\W*{what}", reply, re.MULTILINE | re.IGNORECASE)
-        if not lines:
-            return None
-        found[name] = AGES[lines[-1].upper()] if name == "age" else float(lines[-1])
-    return found
-
-
-def controls(dataset, n=30):
-    """{name: [(beginning, ending)]}: how validation stories end, how others of them do, and the words in disorder."""
-    encoding = load_tokenizer(dataset)
-    stories = [encoding.decode(ids) for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n)]
-    stories = [story.split(instruction({}))[-1] for story in stories]
-    cuts = [story.index(" ", len(story) // 3) for story in stories]
-    begins, ends = [s[:cut] for s, cut in zip(stories, cuts)], [s[cut:].strip() for s, cut in zip(stories, cuts)]
-    mixed = [" ".join(random.Random(1).sample(end.split(), len(end.split()))) for end in ends]
-    return {"true endings": list(zip(begins, ends)), "endings of others": list(zip(begins, ends[1:] + ends[:1])),
-            "shuffled endings": list(zip(begins, mixed))}
-
-
-async def ask_judge(questions, args, file):
-    """Append the reply to each question {key: text} to the file as it comes; returns why some are missing, or ""."""
-    import openai
-    from generate import ask, cost, no_retry_without_quota
-    client = openai.AsyncOpenAI(
-        base_url=args.base_url or None, timeout=120, max_retries=8,
-        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
-    limit = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
-    todo, spent, why = [(key, text, 2) for key, text in questions.items()], 0.0, ""
-    bar = tqdm(total=len(todo), desc=args.judge, disable=None)
-
-    async def work():
-        nonlocal spent, why
-        while todo and not why:
-            key, text, tries = todo.pop()
-            most = cost(args, len(text.encode()) + 50, 1000)  # a token is at least one byte
-            if spent + most > args.max_cost:  # what is under way is in `spent`, at its most
-                why = f"the next reply might pass --max_cost={args.max_cost:g}"
-                return
-            spent += most
-            try:
-                reply, finish, _, model, *tokens = await ask(client, {"model": args.judge, limit: 1000}, text)
-            except openai.APIError as e:  # the client has tried again, in vain
-                why = f"{client.base_url.host}: {e}".replace(client.api_key, "(key)")[:300]
-                return
-            spent += cost(args, *tokens) - most
-            marks = read_marks(reply)
-            file.write(json.dumps({"key": key, "judge": args.judge, "model": model, "reply": reply, "marks": marks,
-                                   "finish": finish, "tokens": tokens}, ensure_ascii=False) + "\n")
-            file.flush()
-            if marks or tries == 1:
-                bar.update()
-            else:
-                todo.append((key, text, 1))  # a reply without marks is asked for once more
-
-    await asyncio.gather(*(work() for _ in range(args.concurrency)))
-    bar.close()
-    await client.close()
-    return why
-
-
-def judge(subject, prompts, args):
-    """Marks for the completions of the prompts, and for the controls, which the judge is shown among them."""
-    from generate import cost, records
-    found = samples(subject, prompts, args, again=False)
-    told = [[(prompt, subject.encoding.decode(ids).strip()) for ids in some] for prompt, some in zip(prompts, found)]
-    control = {name: [[pair] for pair in pairs] for name, pairs in controls(subject.datasets[0]).items()}
-    groups = {"": told, **control}  # {name: [[(beginning, ending), …] of each prompt]}
-
-    def key_of(pair):
-        return hashlib.sha256(f"{args.judge}\n{QUESTION.format(*pair)}".encode()).hexdigest()[:32]
-
-    def read(paths):
-        lines = [record for path in paths if os.path.exists(path) for record in records(path)]
-        return {r["key"]: r["marks"] for r in sorted(lines, key=lambda r: bool(r["marks"]))}
-
-    pairs = {key_of(pair): pair for group in groups.values() for some in group for pair in some}
-    path = subject.path("judge.jsonl")
-    files = {path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}  # other runs were given the same controls
-    replies = read(files)
-    questions = {key: QUESTION.format(*pairs[key]) for key in sorted(pairs) if key not in replies}  # a random order
-    if questions:
-        tokens = sum(map(len, questions.values())) // 4, 300 * len(questions)
-        print(f"{len(questions):,} questions to {args.judge}, {len(pairs) - len(questions):,} replies known: about "
-              "{:,} tokens in, {:,} out".format(*tokens) + f", ${cost(args, *tokens):.2f}" * (args.price_out > 0))
-        if not os.environ.get("OPENAI_API_KEY", "").strip():
-            sys.exit("OPENAI_API_KEY is not set: export OPENAI_API_KEY=… (most local servers take any word)")
-        with open(path, "a", encoding="utf-8") as file:
-            if why := asyncio.run(ask_judge(questions, args, file)):
-                sys.exit(f"{why}\nthe replies so far are in {path}: the same command goes on")
-        replies = read(files)
-    figures, unfit = {"judge": args.judge}, []
-    marks = {name: [[m for pair in some if (m := replies[key_of(pair)])] for some in group]
-             for name, group in groups.items()}
-    for name, group in marks.items():
-        for mark in (*MARKS, "age"):
-            figures[mark + (name and ", " + name)] = interval([sum(m[mark] for m in some) for some in group],
-                                                              list(map(len, group)))
-    # who can judge marks the endings of other stories down for consistency, and words in disorder for grammar
-    for mark, other in (("consistency", "endings of others"), ("grammar", "shuffled endings")):
-        more = interval([a[0][mark] - b[0][mark] for a, b in zip(marks["true endings"], marks[other]) if a and b])
-        figures[f"{mark}, true endings over {other}"] = more
-        if not more or more[1] <= 0:
-            unfit.append(f"{mark} does not put true endings over {other}")
-    if unfit:
-        figures["judge"] += " (unfit)"
-        print(f"{args.judge} is unfit to judge: its {' and its '.join(unfit)}")
-    figures["replies without marks"] = sum(not replies[key] for key in pairs)
-    return figures
-
-
-# -----------------------------------------------------------------------------------------------------------------
 # what is graded: a run, or somebody else's model
 
 
@@ -728,131 +575,7 @@ def compare_stories(paths):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# charts: inline SVG in one page that fetches nothing, needs no script, and follows the reader's light or dark
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #d8d8d8; --c0: #0b62b0; --c1: #c2500a;
-  --c2: #1a7f4b; --c3: #a2347f; --c4: #6d5a00; --c5: #0b7d8c; --c6: #b3262e; --c7: #5b4bb5 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --faint: #444; --c0: #6cb6ff;
-  --c1: #ff9d57; --c2: #5fd08f; --c3: #f08cd0; --c4: #e0c94a; --c5: #56d3e0; --c6: #ff8a8a; --c7: #b4a7ff } }
-body { margin: 0 auto; max-width: 68rem; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif;
-  color: var(--ink); background: var(--paper) }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem 2rem }
-figure { margin: 0 } figcaption { font-weight: 600 } svg { display: block; width: 100% } svg text { fill: var(--ink) }
-.legend { font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 1rem } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin-top: 2rem }
-td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
-th:first-child, td:first-child { text-align: left; white-space: normal }
-"""
-
-
-def page(title, body):
-    """A page of HTML around a body of HTML; the title is escaped here."""
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-<h1>{escape(title)}</h1>
-{body}
-</html>
-"""
-
-
-def ticks(low, high, log):
-    """Some three to six round numbers between low and high: steps of 1, 2 or 5 times a power of ten."""
-    if log:
-        few = high / low < 200
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = (m * 10.0 ** e for e in powers for m in ((1, 2, 5) if few else (1,)))
-        return [m for m in marks if low <= m <= high]
-    step = 10.0 ** math.floor(math.log10((high - low) / 6))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
-    return [round(step * i, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def short(value):
-    """1500000 as 1.5M."""
-    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
-    return f"{value / scale:.4g}{unit}"
-
-
-def chart(title, x_label, y_label, series, log_x=False, lines=True):
-    """HTML of a figure with a line or dots a series: {name: [(x, y)]}, or [(x, low, y, high)] with intervals.
-
-    Text is escaped; where no series has a point, "" comes back."""
-    series = {name: sorted((p[0], p[1], p[len(p) // 2], p[-1]) for p in points if not log_x or p[0] > 0)
-              for name, points in series.items()}
-    points = [p for some in series.values() for p in some]
-    if not points:
-        return ""
-    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-    x0, x1 = (x0 / 1.2, x1 * 1.2) if log_x else (x0, x1) if x0 < x1 else (x0 - 1, x1 + 1)
-    y0, y1 = min(p[1] for p in points), max(p[3] for p in points)
-    room = 0.05 * (y1 - y0) or 0.1 * abs(y1) or 1
-    y0, y1 = y0 - room, y1 + room
-    at = math.log if log_x else float
-    def x_of(x):
-        return round(48 + 362 * (at(x) - at(x0)) / (at(x1) - at(x0)), 1)
-    def y_of(y):
-        return round(240 - 220 * (y - y0) / (y1 - y0), 1)
-    out = [f'<figure><figcaption>{escape(title)}</figcaption>'
-           f'<svg viewBox="0 0 420 284" font-size="12" role="img" aria-label="{escape(title)}">']
-    for y in ticks(y0, y1, False):
-        out.append(f'<path d="M48 {y_of(y)}H410" stroke="var(--faint)"/>'
-                   f'<text x="43" y="{y_of(y) + 4}" text-anchor="end">{short(y)}</text>')
-    for x in ticks(x0, x1, log_x):
-        out.append(f'<path d="M{x_of(x)} 240v5" stroke="var(--ink)"/>'
-                   f'<text x="{x_of(x)}" y="258" text-anchor="middle">{short(x)}</text>')
-    out.append(f'<path d="M48 240H410" stroke="var(--ink)"/><text x="5" y="12">{escape(y_label)}</text>'
-               f'<text x="410" y="278" text-anchor="end">{escape(x_label)}</text>')
-    legend = []
-    for i, (name, some) in enumerate(series.items()):
-        colour = f"var(--c{i % 8})"
-        legend.append(f'<span><span style="color: {colour}">●</span> {escape(name)}</span>')
-        if lines and some:
-            line, dashes = "L".join(f"{x_of(x)} {y_of(y)}" for x, _, y, _ in some), ' stroke-dasharray="4"' * (i > 7)
-            out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
-        for x, low, y, high in some if len(some) <= 40 or not lines else ():  # a long log is a line alone
-            bar = f'<path d="M{x_of(x)} {y_of(low)}V{y_of(high)}"/>' * (low < high)
-            out.append(f'<g stroke="{colour}" fill="{colour}"><title>{escape(name)}: {x:,g}, {y:.4g}</title>{bar}'
-                       f'<circle cx="{x_of(x)}" cy="{y_of(y)}" r="2.5"/></g>')
-    return "".join(out) + f'</svg><div class="legend">{" ".join(legend)}</div></figure>\n'
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# tables, and the page that compares runs
-
-
-def write_whole(path, text):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
-
-
-def cell(name, value):
-    """A figure of eval.json as text: [value, low, high], a number, text, or nothing."""
-    if isinstance(value, list):
-        digits = 4 if name.startswith("val_") else 3 if abs(value[0]) < 10 else 1
-        return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits)
-    if value is None or isinstance(value, str):
-        return value or "–"
-    return f"{value:,.4g}" if value % 1 else f"{value:,}"
-
-
-def table(results):
-    """Rows of text from {run: {section: {figure: value}}}: a figure with a cell a run, or a section's name alone."""
-    rows = [["", *results]]
-    for title in dict.fromkeys(title for result in results.values() for title in result if title != "steps"):
-        parts = [result.get(title, {}) for result in results.values()]
-        rows += [[title]] + [["  " + name, *(cell(name, part.get(name)) for part in parts)]
-                             for name in dict.fromkeys(name for part in parts for name in part)]
-    return rows
-
-
-def print_table(rows):
-    widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
-    for name, *cells in rows:
-        print(name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:])), sep="  ")
+# the page that compares runs
 
 
 def compare(results, folders):
@@ -904,6 +627,18 @@ def steps(subject, probes, device):
     return found
 
 
+def controls(dataset, n=30):
+    """{name: [(beginning, ending)]}: how validation stories end, how others of them do, and the words in disorder."""
+    encoding = load_tokenizer(dataset)
+    stories = [encoding.decode(ids) for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n)]
+    stories = [story.split(instruction({}))[-1] for story in stories]
+    cuts = [story.index(" ", len(story) // 3) for story in stories]
+    begins, ends = [s[:cut] for s, cut in zip(stories, cuts)], [s[cut:].strip() for s, cut in zip(stories, cuts)]
+    mixed = [" ".join(random.Random(1).sample(end.split(), len(end.split()))) for end in ends]
+    return {"true endings": list(zip(begins, ends)), "endings of others": list(zip(begins, ends[1:] + ends[:1])),
+            "shuffled endings": list(zip(begins, mixed))}
+
+
 def sections(subject, wanted, probes, prompts, device, args):
     """Yield (title, figures) of every section that is wanted, and that this model can be asked for."""
     probes = [{**probe, "prompt": subject.before + probe["prompt"]} for probe in probes]
@@ -927,7 +662,11 @@ def sections(subject, wanted, probes, prompts, device, args):
     if "steps" in wanted and subject.kept:
         yield "steps", steps(subject, probes, device)
     if "judge" in wanted:
-        yield "judge", judge(subject, prompts, args)
+        from judge import judge  # with the client of its server, which takes a second
+        found = samples(subject, prompts, args, again=False)
+        told = [[(prompt, subject.encoding.decode(ids).strip()) for ids in some]
+                for prompt, some in zip(prompts, found)]
+        yield "judge", judge(told, controls(subject.datasets[0]), subject.path("judge.jsonl"), args)
 
 
 def main(argv=None):

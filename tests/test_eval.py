@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import eval
+import judge
+import report
 import test_probes
 from conftest import make_stories, write_jsonl
-from prepare import SKILLS, load_meta, load_tokenizer, load_tokens
+from prepare import load_meta, load_tokenizer, load_tokens
 from prepare import main as prepare
 from sample import tell
 from test_generate import Server, answer
@@ -177,12 +179,12 @@ def test_intervals_hold_the_truth_95_times_in_100():
     draw = np.random.default_rng(1)
     held = 0
     for _ in range(100):
-        value, low, high = eval.interval(draw.exponential(2, 60))
+        value, low, high = report.interval(draw.exponential(2, 60))
         assert low < value < high
         held += low < 2 < high
     assert 85 <= held <= 99
-    assert eval.interval([1, 3], [2, 6])[0] == 0.5 and eval.interval([0.0], [0.0]) is None and eval.interval([]) is None
-    assert eval.interval([4, 8, 6], [2, 4, 3]) == [2, 2, 2]  # a ratio that is the same everywhere is certain
+    assert report.interval([1, 3], [2, 6])[0] == 0.5 and report.interval([0.0], [0.0]) is None and report.interval([]) is None
+    assert report.interval([4, 8, 6], [2, 4, 3]) == [2, 2, 2]  # a ratio that is the same everywhere is certain
 
 
 def test_loss_of_each_skill(in_prepared):
@@ -425,11 +427,11 @@ def test_a_judge_that_refuses_ends_the_run_in_one_line(judged, monkeypatch):
 
 def test_marks_are_read_or_refused():
     good = MARKS.format(10, 3)
-    assert eval.read_marks(good) == {"grammar": 10, "creativity": 5, "consistency": 3, "plot": 4.5, "age": 4.5}
-    assert eval.read_marks("Grammar: 1\nas an example\n" + good)["grammar"] == 10  # the last word counts
+    assert judge.read_marks(good) == {"grammar": 10, "creativity": 5, "consistency": 3, "plot": 4.5, "age": 4.5}
+    assert judge.read_marks("Grammar: 1\nas an example\n" + good)["grammar"] == 10  # the last word counts
     for bad in (good.replace("10/10", "11"), good.replace("10/10", "0"), good.replace("Plot: 4.5", ""),
                 good.replace("group: B", "group: G"), "", good.replace("10/10", "100")):
-        assert eval.read_marks(bad) is None
+        assert judge.read_marks(bad) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -531,16 +533,16 @@ def test_two_runs_and_their_page(run, in_prepared, capsys):
 
 def test_charts_are_well_formed_and_show_every_point():
     series = {"one": [(1, 0.1, 0.2, 0.3), (1e6, 0.2, 0.4, 0.5)], "<two>": [(5, 0.1)], "no": []}
-    svg = eval.chart("<a & b>", "x", "y", series, log_x=True)
+    svg = report.chart("<a & b>", "x", "y", series, log_x=True)
     figure = ElementTree.fromstring(svg)
     assert figure.find("figcaption").text == "<a & b>" and len(list(figure.iter("circle"))) == 3
     heights = [float(c.get("cy")) for c in figure.iter("circle")]
     assert heights[1] < heights[0] < heights[2]  # 0.4 above 0.2 above 0.1
-    assert eval.chart("t", "x", "y", {"none": []}) == eval.chart("t", "x", "y", {}) == ""
+    assert report.chart("t", "x", "y", {"none": []}) == report.chart("t", "x", "y", {}) == ""
     for points in ([(3, 7)], [(0, 0), (0, 0)], [(1e-9, 5), (2e-9, 5)], [(i, i * 1e9) for i in range(1000)]):
-        ElementTree.fromstring(eval.chart("t", "x", "y", {"a": points}))
+        ElementTree.fromstring(report.chart("t", "x", "y", {"a": points}))
     for low, high in ((0, 1), (0.6, 0.7), (-3, 11), (1e-7, 3e-7), (0, 12345)):
-        assert 3 <= len(eval.ticks(low, high, False)) <= 7
+        assert 3 <= len(report.ticks(low, high, False)) <= 7
 
 
 @pytest.mark.parametrize("options, expected", [
