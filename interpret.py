@@ -41,14 +41,14 @@ FUNCTION = set("""a an the this that these those my your his her its our their s
     around through away near behind inside outside be am is are was were been being do does did done have has had will
     would can could should may might must not very too just also only again there now other more one upon s t m d ll re
     ve don didn doesn couldn wouldn wasn weren isn""".split())
-MORE_NOUNS = "bird birds animal animals room rooms mommy daddy".split()
-TITLES = {word.capitalize() for word in LISTS["family"] + LISTS["days"]} | {"Mommy", "Daddy", "Mama", "Papa", "Mr", "Mrs"}
-ROLES = ("", "first", "later", "capital")  # the main character's name: first mention, later ones; other capitalised words
+MORE_NOUNS = "bird birds animal animals room rooms mommy daddy mama papa mr mrs".split()
+NO_NAMES = {word.capitalize() for word in LISTS["family"] + LISTS["days"] + MORE_NOUNS}
+ROLES = ("", "first", "later", "capital")  # the main character's name, first and later; other capitalised words
 
 
 def list_words():
-    """{word: kind} of the words in data/words.json in all forms: -ing and past are verbs; else a word of two kinds is an
-    adjective rather than a noun, and a noun rather than a verb ("a walk")."""
+    """{word: kind} of all forms of the words in data/words.json. -ing and past are verbs; else a word of several kinds is
+    an adjective, or else a noun ("a walk")."""
     known = dict.fromkeys(MORE_NOUNS, "noun")
     for kind, forms in (("verb", ("ing", "past")), ("adjective", ("",)), ("noun", ("", "s")), ("verb", ("", "s"))):
         for word in sorted(VOCABULARY[kind + "s"]):
@@ -58,17 +58,17 @@ def list_words():
 
 
 def read_stories(lists, encoding, block_size, device="cpu"):
-    """Stories (lists of token ids that begin with <|endoftext|>) as tensors (N, T), those of like length side by side.
+    """Stories (lists of ids, <|endoftext|> first) as tensors (N, T), those of like length side by side: tokens idx, padded
+    with <|endoftext|>; kind (index into KINDS) and role (into ROLES) of the word that a token's last character belongs
+    to; real, where kind >= 0: neither padding nor the first; pieces [N][T]: each token's text.
 
-    idx: the tokens, padded with <|endoftext|>; real: true from the second token to the last; kind: the index into KINDS
-    of the word that a token's last character belongs to, -1 where not real; role: that into ROLES; pieces [N][T]: text.
     A name is a capitalised word that stands within a sentence and is hardly ever written small; the main character is
     the one whose name the story has most often within its sentences."""
     lists, known = sorted((ids[:block_size] for ids in lists), key=len), list_words()
     texts = [encoding.decode_with_offsets(ids[1:]) for ids in lists]
     within = [Counter(re.findall(r"(?<=[\w,] )[A-Z][^\W\d_]+", text)) for text, _ in texts]
     small = Counter(word for text, _ in texts for word in re.findall(r"[^\W\d_]+", text) if word.islower())
-    names = {word for word, n in sum(within, Counter()).items() if small[word.lower()] < n / 10} - TITLES
+    names = {word for word, n in sum(within, Counter()).items() if small[word.lower()] < n / 10} - NO_NAMES
     idx, kinds, roles, pieces = [], [], [], []
     for ids, (text, starts), found in zip(lists, texts, within):
         hero = max(names & found.keys(), key=found.get, default=None)
@@ -82,13 +82,14 @@ def read_stories(lists, encoding, block_size, device="cpu"):
             kind.append(KINDS.index(
                 "name" if name in names else "function" if lower in FUNCTION else known[lower] if lower in known else
                 "verb" if re.search(r"\w\w(ed|ing)$", lower) else "other" if name else "punctuation"))
-            role.append(0 if not name[:1].isupper() else 3 if name != hero else 2 if word.start() > first.start() else 1)
+            role.append(0 if not name[:1].isupper() else 3 if name != hero else 1 + (word.start() > first.start()))
         for rows, row in ((idx, ids), (kinds, kind), (roles, role)):
             rows.append(torch.tensor(row, device=device))
         pieces.append([""] + [text[a:b] for a, b in zip(starts, ends)])
     pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, True, value)
     kind = pad(kinds, -1)
-    return SimpleNamespace(idx=pad(idx, encoding.eot_token), kind=kind, real=kind >= 0, role=pad(roles, 0), pieces=pieces)
+    return SimpleNamespace(idx=pad(idx, encoding.eot_token), kind=kind, real=kind >= 0, role=pad(roles, 0),
+                           pieces=pieces)
 
 
 def batches(stories, title, tokens=2048, most=None):
@@ -152,8 +153,8 @@ def silence(projection, columns=slice(None), where=True):
 
 
 def without_each(model, measure, title):
-    """{None: what measure() says of the whole model, (layer, head): with that head silenced, (layer, None): with all that
-    the layer adds, attention and MLP}."""
+    """{None: what measure() says of the whole model, (layer, head): with that head silenced, (layer, None): without the
+    whole layer, attention and MLP}."""
     found, size = {None: measure()}, model.config.n_embd // model.config.n_head
     for layer, block in enumerate(tqdm(model.blocks, desc=title, leave=False, disable=None)):
         with silence(block.attn.proj), silence(block.mlp.proj):
@@ -165,7 +166,7 @@ def without_each(model, measure, title):
 
 
 def untrained(model, seed):
-    """The same shape with weights drawn anew. What training starts at zero is drawn too: else no layer had an effect."""
+    """The same shape, all weights drawn anew: also those that training starts at zero, or no layer would do anything."""
     torch.manual_seed(seed)
     control = GPT(model.config)
     for p in control.parameters():
@@ -179,9 +180,8 @@ def untrained(model, seed):
 
 
 def find_targets(idx, kind, role, articles):
-    """{what might be looked at: (B, T, T) bool, true where query i looking at an earlier key j would be such a look}.
-
-    idx, kind, role (B, T) as in read_stories; articles: the ids of a, an and the."""
+    """{what might be looked at: (B, T, T) bool, true where query i would look so at an earlier key j}; idx, kind, role
+    (B, T) as in read_stories; articles: the ids of a, an and the."""
     T = idx.size(1)
     same = idx[:, :, None] == idx[:, None, :]  # (B, T, T)
     noun, open_articles = kind == KINDS.index("noun"), torch.isin(idx, articles)
@@ -219,9 +219,10 @@ def study_heads(model, stories, articles, title="heads"):
         with watch_attention() as seen:
             model(idx)
         targets = find_targets(idx, kind, stories.role[rows, :T], articles)
-        queries, behind, late = torch.arange(far, T, device=device), torch.arange(far, device=device), real[:, far:]
+        late = real[:, far:]  # (B, Q): the queries with `far` keys behind them
+        queries, behind = torch.arange(far, T, device=device), torch.arange(far, device=device)
         keys = queries[:, None] - behind  # (Q, far); <|endoftext|> is not among them
-        half = (torch.arange(len(idx), device=device) % 2)[:, None].expand_as(late)[late]  # (N,) of the late queries
+        half = (torch.arange(len(idx), device=device) % 2)[:, None].expand_as(late)[late]  # (N,)
         words = (idx[:, keys] * K + kind[:, far:, None] + 1)[late]  # (N, far): the key's token and the query's kind
         groups = {"distance": half[:, None] * far + behind, "words": half[:, None] * c.vocab_size * K + words}
         for name, group in groups.items():
@@ -244,8 +245,8 @@ def study_heads(model, stories, articles, title="heads"):
                 could = (target.any(-1) & real).float()  # (B, T)
                 sums[name][i] += torch.einsum("bhij,bij,bi->h", p, target.float(), could)
                 if i == 0:
-                    seen_by[name] += could.sum().item()
-                    seen_by[name, "share"] += (target.sum(-1) / torch.arange(T, device=device).clamp(min=1) * could).sum().item()
+                    share = target.sum(-1) / torch.arange(T, device=device).clamp(min=1)  # of the text so far
+                    seen_by.update({name: could.sum().item(), (name, "share"): (share * could).sum().item()})
     figures = {name: explained(*pair, squares) for name, pair in by.items()}
     profile = (by["distance"][0].sum(1) / by["distance"][1].sum(0)).cpu().numpy()  # (L, far, H)
     for name, total in sums.items():
@@ -279,7 +280,7 @@ def most_common(x):
 
 
 def area(hits, others):
-    """Area under the ROC curve (M,): how often a random row of hits (P, M) lies above one of others (N, M); ties half."""
+    """Area under the ROC curve (M,): how often a row of hits (P, M) lies above one of others (N, M); a tie counts half."""
     ordered, hits = others.T.contiguous().sort(1).values, hits.T.contiguous()
     below = torch.searchsorted(ordered, hits) + torch.searchsorted(ordered, hits, right=True)
     return below.double().mean(1) / 2 / len(others)
@@ -287,12 +288,12 @@ def area(hits, others):
 
 @torch.inference_mode()
 def study_neurons(model, stories, shuffle=False, title="neurons"):
-    """(one namespace a layer, [{area under the curve…}] of its neurons at names, the best first).
+    """(one namespace a layer, [{layer, neuron, areas under the curve}] of main character neurons, the best first).
 
-    places (TOP, M): where in stories.idx, flattened, each of M neurons is most excited; most (M,): how much at the first;
-    kinds (TOP, M): of the TOP distinct tokens that excite it most; idle (M,): fewer do; share: that of the most common
-    `token` at those places, of the most common kind of word there (`any`), and among the `distinct` tokens.
-    shuffle: activations belong to other places, drawn by chance, as a control."""
+    places (TOP, M): where in stories.idx, flattened, each of M neurons is most excited; most (M,): how much at the first
+    of them; kinds (TOP, M): of the TOP distinct tokens that excite it most; idle (M,): there are fewer; share: that of
+    the most common `token` at those places, of the most common kind of word there (`any`) and among `distinct` tokens.
+    shuffle: a control, in which activations are given to places drawn by chance."""
     V, longest, device = model.config.vocab_size, stories.idx.size(1), stories.idx.device
     tokens, kinds, roles = stories.idx.flatten(), stories.kind.flatten(), stories.role.flatten()
     M = 4 * model.config.n_embd
@@ -331,8 +332,8 @@ def study_neurons(model, stories, shuffle=False, title="neurons"):
 
 
 def sum_up(layers):
-    """{share: its mean over neurons, "layers": [by layer], "idle": how many are left out, "spread": how `distinct` is spread
-    over the neurons, in steps of 1 / TOP}."""
+    """{share: mean over the neurons that are not idle; layers: mean of `distinct` by layer, spread: its distribution in
+    steps of 1 / TOP; idle: how many are}."""
     shares = [{name: x[~layer.idle] for name, x in layer.share.items()} for layer in layers]
     every = {name: torch.cat([x[name] for x in shares]) for name in shares[0]}
     spread = torch.bincount((every["distinct"] * TOP).round().long(), minlength=TOP + 1) / len(every["distinct"])
@@ -341,8 +342,8 @@ def sum_up(layers):
 
 
 def list_neurons(layers, shuffled, stories):
-    """[{figure: value, "excerpts": [[before, token, after]]}] of every neuron, the most selective first: those whose most
-    common kind of word among distinct tokens is farthest above that kind's share among shuffled neurons'."""
+    """[{figure: value, "excerpts": [[before, token, after]]}] of every neuron, the most selective first: whose most common
+    kind among its distinct tokens passes that kind's share among shuffled neurons' the most."""
     usual = torch.bincount(torch.cat([x.kinds[:, ~x.idle].flatten() for x in shuffled]), minlength=len(KINDS))
     neurons, longest = [], stories.idx.size(1)
     for i, layer in enumerate(layers):
@@ -351,16 +352,16 @@ def list_neurons(layers, shuffled, stories):
         values = zip(*(x.tolist() for x in (layer.places.T, kind, excess, layer.most, *layer.share.values())))
         for n, (places, kind, excess, most, *shares) in enumerate(values):
             texts = [(stories.pieces[place // longest], place % longest) for place in places[:5] if most > 0]
-            neurons.append({"layer": i, "neuron": n, "kind": KINDS[kind], "excess": round(excess, 3),
-                            "most": round(most, 3), **dict(zip(layer.share, (round(x, 2) for x in shares))), "excerpts": [
-                                ["".join(t[max(0, at - 7):at]), t[at], "".join(t[at + 1:at + 4])] for t, at in texts]})
+            excerpts = [["".join(t[max(0, at - 7):at]), t[at], "".join(t[at + 1:at + 4])] for t, at in texts]
+            neurons.append({"layer": i, "neuron": n, "kind": KINDS[kind], "excess": round(excess, 3), "most": round(most, 3),
+                            **{name: round(x, 2) for name, x in zip(layer.share, shares)}, "excerpts": excerpts})
     return sorted(neurons, key=lambda n: -n["excess"])
 
 
 @torch.inference_mode()
 def loss_without_neurons(model, stories, groups):
-    """[[later, elsewhere, after the first]]: what tokens cost more, in nats, with each group of neurons [(layer, neuron)]
-    silenced: later mentions of the main character, all other tokens, and later mentions if silenced at the first alone."""
+    """[[at later mentions of the main character, elsewhere, at later mentions if silenced at the first alone]]: how many
+    nats more a token costs with each group of neurons, [(layer, neuron)], silenced."""
     rises, counts = torch.zeros(len(groups), 3), torch.zeros(3)
     for rows, T in batches(stories, "silencing neurons", most=100):
         idx, real, role = (x[rows, :T] for x in (stories.idx, stories.real, stories.role))
@@ -384,8 +385,8 @@ def loss_without_neurons(model, stories, groups):
 
 @torch.inference_mode()
 def study_lens(model, encoding, probes):
-    """[{text, right, wrong, lead}]: by how many nats the right word's first differing token leads the wrong one's when the
-    head reads the state before each layer and after the last (the logit lens: nostalgebraist 2020, LessWrong)."""
+    """[{text, right, wrong, lead}]: by how many nats the right word leads the wrong one, at the first token in which they
+    differ, if the model's head reads the state before each layer and after the last (logit lens, nostalgebraist 2020)."""
     found = []
     for probe in probes:
         words = probe["right"][0], probe["wrong"][0]
@@ -396,7 +397,7 @@ def study_lens(model, encoding, probes):
                 model(torch.tensor([right[:same][-model.config.block_size:]], device=model.head.weight.device))
             states = norm(torch.stack([x[0, -1] for x in seen]))  # (layers + 1, C); what is normed already stays so
             lead = model.head.weight[right[same]] - model.head.weight[wrong[same]]
-            found.append({"text": probe["prompt"], "right": words[0], "wrong": words[1], "lead": (states @ lead).tolist()})
+            found.append(dict(zip(("text", "right", "wrong", "lead"), (probe["prompt"], *words, (states @ lead).tolist()))))
     return found
 
 
@@ -420,21 +421,21 @@ def study_skills(model, dataset, encoding):
 # the page
 
 EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit; border-radius: .2rem }
-.note { opacity: .8; font-size: .9rem } .neuron { margin: .6rem 0 } .neuron q { display: block; quotes: none; white-space: pre-wrap;
-padding-left: 1rem } input { font: inherit; padding: .3rem } .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
-.map g:hover rect { stroke: var(--c1); stroke-width: 2 } .lead { font-size: 1.2rem } th { vertical-align: bottom }</style>"""
+.note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem } .neuron { margin: .6rem 0; overflow-wrap: anywhere }
+.neuron q { display: block; quotes: none; white-space: pre-wrap; padding-left: 1rem } th { vertical-align: bottom }
+input { font: inherit; padding: .3rem } .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
+.map g:hover rect { stroke: var(--c1); stroke-width: 2 }</style>"""
 SEARCH = """<p><label>Search for a word that excites: <input id="find" type="search"></label> <span id="count"></span></p>
 <div id="found" class="charts"></div><script>
 const neurons = JSON.parse(document.getElementById("neurons").textContent)
+const make = (tag, ...inside) => { const e = document.createElement(tag); e.append(...inside); return e }
 document.getElementById("find").oninput = ({ target }) => {
   const word = target.value.trim().toLowerCase()
   const hits = neurons.filter(([name, texts]) => word && texts.some(t => t[1].toLowerCase().includes(word)))
   document.getElementById("count").textContent = word && `${hits.length} of ${neurons.length}`
   document.getElementById("found").replaceChildren(...hits.slice(0, 30).map(([name, texts]) => {
-    const make = (tag, ...inside) => { const e = document.createElement(tag); e.append(...inside); return e }
-    const div = make("div", make("b", name), ...texts.map(([before, at, after]) => make("q", before, make("mark", at), after)))
-    div.className = "neuron"
-    return div
+    const quotes = texts.map(([before, at, after]) => make("q", before, make("mark", at), after))
+    return Object.assign(make("div", make("b", name), ...quotes), { className: "neuron" })
   }))
 }</script>"""
 
@@ -445,35 +446,38 @@ def name_of(x):
 
 def table(header, rows, shade=lambda row, column: 0):
     """HTML of a table: text is escaped, numbers get three digits; shade: how red a cell is, from 0 to 1."""
-    text = lambda x: escape(x if isinstance(x, str) else "–" if x is None else f"{x:.3g}")
-    cells = lambda tag, i, row: "".join(
-        f"<{tag}" + f" style=\"background: color-mix(in srgb, var(--c6) {100 * s:.0f}%, transparent)\"" * bool(
-            s := max(0, shade(i, j))) + f">{text(x)}</{tag}>" for j, x in enumerate(row))
-    rows = "\n".join(f"<tr>{cells('td', i, row)}</tr>" for i, row in enumerate(rows))
-    return f"<div class=\"scroll\"><table><tr>{cells('th', -1, header)}</tr>\n{rows}</table></div>\n"
+    def cell(tag, value, red=0):
+        text = value if isinstance(value, str) else "–" if value is None else f"{value:.3g}"
+        style = f" style=\"background: color-mix(in srgb, var(--c6) {100 * red:.0f}%, transparent)\"" * bool(red > 0)
+        return f"<{tag}{style}>{escape(text)}</{tag}>"
+    lines = ["".join(cell("th", name) for name in header)]
+    lines += ["".join(cell("td", value, shade(i, j)) for j, value in enumerate(row)) for i, row in enumerate(rows)]
+    return "<div class=\"scroll\"><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>\n"
+
+
+TELLING = {"distance": "the most by distance", "words": "the most by words", "own noun / share": "articles look at their noun",
+           "main character / share": "looks at the main character", "loss rise": "costs most when silenced"}
 
 
 def draw_maps(model, stories, heads, T=40):
     """HTML of the attention of some telling heads on the beginning of the story that names its main character most."""
-    named = ((stories.role == 1) | (stories.role == 2))[:, :T].sum(1) + stories.real[:, :T].all(1)
-    row = int(named.argmax())
-    labels = [escape((piece.strip(" ").replace("\n", "¶"))[:10]) for piece in ["start", *stories.pieces[row][1:T]]]
+    named = ((stories.role == 1) | (stories.role == 2))[:, :T].sum(1)
+    row = int((named * stories.real[:, 1:T].all(1)).argmax())
+    labels = [escape(piece.strip(" ").replace("\n", "¶")[:10]) for piece in ["start", *stories.pieces[row][1:T]]]
     with torch.inference_mode(), watch_attention() as seen:
         model(stories.idx[row:row + 1, :len(labels)])
-    chosen, out = defaultdict(list), []
-    for figure, why in {"distance": "the most by distance", "words": "the most by words", "own noun / share": "articles look at "
-                        "their noun", "main character / share": "at the main character", "loss rise": "costs most when silenced"}.items():
+    chosen, out, size = defaultdict(list), [], 80 + 13 * len(labels)
+    for figure, why in TELLING.items():
         best = max(heads, key=lambda head: head[figure])
         chosen[best["layer"], best["head"]].append(why)
     for (layer, head), why in chosen.items():
-        svg = [f"<text x=\"66\" y=\"{85 + 13 * i}\" text-anchor=\"end\">{label}</text><text transform=\"translate({79 + 13 * i} 70) "
-               f"rotate(-60)\">{label}</text>" for i, label in enumerate(labels)]
-        svg += [f"<g><title>{labels[i]} → {labels[j]}: {p:.2f}</title><rect x=\"{70 + 13 * j}\" y=\"{76 + 13 * i}\" width=\"12\" "
-                f"height=\"12\" opacity=\"{p ** 0.5:.2f}\"/></g>" for i, ps in enumerate(seen[layer][0, head].softmax(-1).tolist())
-                for j, p in enumerate(ps) if p >= 0.01]
-        size = 80 + 13 * len(labels)
-        out.append(f"<figure><figcaption>layer {layer} head {head}: {', '.join(why)}</figcaption><div class=\"scroll map\"><svg "
-                   f"viewBox=\"0 0 {size + 20} {size}\" font-size=\"10\">{''.join(svg)}</svg></div></figure>")
+        svg = [f"<text x=\"66\" y=\"{85 + 13 * i}\" text-anchor=\"end\">{label}</text><text transform=\""
+               f"translate({79 + 13 * i} 70) rotate(-60)\">{label}</text>" for i, label in enumerate(labels)]
+        for i, row in enumerate(seen[layer][0, head].softmax(-1).tolist()):
+            svg += [f"<g><title>{labels[i]} → {labels[j]}: {p:.2f}</title><rect x=\"{70 + 13 * j}\" y=\"{76 + 13 * i}\" "
+                    f"width=\"12\" height=\"12\" opacity=\"{p ** 0.5:.2f}\"/></g>" for j, p in enumerate(row) if p >= 0.01]
+        out.append(f"<figure><figcaption>layer {layer} head {head}: {', '.join(why)}</figcaption><div class=\"scroll map\">"
+                   f"<svg viewBox=\"0 0 {size + 20} {size}\" font-size=\"10\">{''.join(svg)}</svg></div></figure>")
     return f"<div class=\"charts\">{''.join(out)}</div>"
 
 
@@ -491,84 +495,89 @@ def show_heads(r, maps):
         "learned": [(i, math.log2(max(h["decay"], 2**-12))) for i, h in enumerate(ranges, 1)],
         "ALiBi's slopes": [(i, math.log2(m)) for i, m in enumerate(alibi_slopes(len(ranges)).tolist(), 1)]})
     profiles = chart("Attention against distance", "tokens back", "log-attention, above its mean", {
-        f"{name_of(h)}: {h['decay']:.3f} a token": list(enumerate(h["profile"])) for h in ranges[::-(-len(ranges) // 6) or 1]})
-    figures = ["type", "distance", "words", "decay", "peak", "mean distance", "entropy", "start", "previous token", "loss rise"]
-    figures += [name for name in heads[0] if name.endswith(" / share") and name != "previous token / share"]
+        f"{name_of(h)}: {h['decay']:.3f} a token": list(enumerate(h["profile"])) for h in ranges[::len(ranges) // 6 + 1]})
+    figures = ["type", "distance", "words", "decay", "peak", "mean distance", "entropy", "start", "previous token",
+               "loss rise", *(name + " / share" for name in ("main character", "nouns", "own noun", "same token", "induction"))]
     noun, hero = (max(heads, key=lambda h: h[name]) for name in ("own noun / share", "main character / share"))
     return f"""<h2>Heads: by distance, or by words?</h2>
-<p class="lead">Of {len(heads)} heads, {types["distance"]} look by distance, {types["semantic"]} by words, and {types["mixed"]} are mixed
-(untrained: {sum(h["type"] != "mixed" for h in r["untrained heads"])} not mixed). At <i>a</i>, <i>an</i> and <i>the</i>, {name_of(noun)}
-looks {noun["own noun / share"]:.1f} times as often as chance at the earlier mention of the noun to come; {name_of(hero)} looks
-{hero["main character / share"]:.1f} times as often as chance at the main character.</p><div class="charts">{dots}{profiles}{rates}</div>
-<p class="note"><b>Distance</b>: R² of the logarithm of a head's attention, each query's mean taken off, by how far back the key is, over the
-{len(heads[0]["profile"])} nearest keys of queries with as many behind them. <b>Words</b>: R² by which token is looked at and which kind of
-word looks. Both with means from the other half of the stories. A head is a distance head if distance explains at least {LEAST} and at
-least {TIMES} times what words do, a semantic one the other way round, else mixed. Decay: the fall of log-attention a token, from its
-peak on; ALiBi's slopes are 2^(-8h/H), for as many heads.</p>
-<h3>Maps</h3><p>A row reads and looks at the columns, the darker the more. Hover for the values.</p>{maps}<h3>Every head</h3>
-{table(["", *figures], [[name_of(h), *(h[name] for name in figures)] for h in heads])}
-<p class="note">“/ share”: attention over the share in the text so far of the main character's name (the name most often within the story's
-sentences), of nouns, of an article's own noun (earlier mentions of the one that comes next), of the same token, and of what followed the
-same token (induction); &lt;|endoftext|&gt; left out; 1 is indifference. Previous token, start (&lt;|endoftext|&gt;): attention itself. Entropy in
-nats. Loss rise: nats a token more with the head silenced, over {r["silenced on"]} stories, where the whole model's loss is
-{r["loss"]:.3f}.</p>"""
+<p class="lead">Of {len(heads)} heads, {types["distance"]} look by distance, {types["semantic"]} by words, {types["mixed"]} are mixed
+(untrained: {sum(h["type"] == "mixed" for h in r["untrained heads"])} mixed). At <i>a</i>, <i>an</i> and <i>the</i>,
+{name_of(noun)} looks {noun["own noun / share"]:.1f} times as often as chance at the earlier mention of the noun to come;
+{name_of(hero)} looks {hero["main character / share"]:.1f} times as often as chance at the main character.</p>
+<div class="charts">{dots}{profiles}{rates}</div>
+<p class="note"><b>Distance</b>: R² of the logarithm of a head's attention, each query's mean taken off, by how far back the key
+is, over the {len(heads[0]["profile"])} nearest keys. <b>Words</b>: R² by which token is looked at and which kind of word looks.
+Both with means from the other half of the stories. A distance head: distance explains at least {LEAST}, and at least {TIMES}
+times what words do; a semantic one the other way round; all others are mixed. Decay: the fall of log-attention a token, from
+its peak on. ALiBi's slopes: 2^(-8h/H), for as many heads.</p>
+<h3>Maps</h3><p>A row reads and looks at the columns, the darker the more. Hover for the values.</p>{maps}
+<h3>Every head</h3>{table(["", *figures], [[name_of(h), *(h[name] for name in figures)] for h in heads])}
+<p class="note">“/ share”: attention over the share in the text so far, so that 1 is indifference, of the main character's name
+(the one most often within the story's sentences), of nouns, of an article's own noun (earlier mentions of the one to come), of
+the same token, of what followed the same token (induction); without the start (&lt;|endoftext|&gt;). Entropy in nats. Loss rise: nats
+a token more with the head silenced, over {r["silenced on"]} stories, where the whole model has {r["loss"]:.3f}.</p>"""
 
 
 def show_neurons(r, limit=2_500_000):
-    shares, neurons, cells, few = r["shares"], [], {(n["layer"], n["neuron"]): n for n in r["neurons"]}, defaultdict(list)
+    shares, entries, few = r["shares"], [], defaultdict(list)
     title = lambda n: f"{name_of(n)}: {n['kind']} {n['distinct']:.0%}"
     show = lambda n: f"<div class=\"neuron\"><b>{title(n)}</b>" + "".join(
-        f"<q>{escape(before)}<mark>{escape(at)}</mark>{escape(after)}</q>" for before, at, after in n["excerpts"]) + "</div>"
-    for n in r["neurons"]:
-        if n["excess"] > -1:
-            few[n["kind"]].append(n)
-            entry = json.dumps([title(n), n["excerpts"]], ensure_ascii=False).replace("<", "\\u003c")
-            limit -= len(entry.encode())
-            neurons += [entry] * (limit > 0)
-    spread = chart("How alike are the tokens that excite a neuron?", f"share of the commonest kind of word among {TOP}", "% of neurons",
-                   {name: [(i / TOP, 100 * x) for i, x in enumerate(shares[name]["spread"])] for name in shares})
+        f"<q>{escape(a)}<mark>{escape(b)}</mark>{escape(c)}</q>" for a, b, c in n["excerpts"]) + "</div>"
+    active = [n for n in r["neurons"] if n["excess"] > -1]
+    for n in active:
+        few[n["kind"]].append(n)
+        entry = json.dumps([title(n), n["excerpts"]], ensure_ascii=False).replace("<", "\\u003c")
+        limit -= len(entry.encode())
+        entries += [entry] * (limit > 0)
+    spread = chart("How alike are the tokens that excite a neuron?", f"share of the commonest kind of word among {TOP}",
+                   "% of neurons", {name: [(i / TOP, 100 * x) for i, x in enumerate(shares[name]["spread"])] for name in shares})
     layers = chart("By layer", "layer", "mean of that share", {name: list(enumerate(shares[name]["layers"])) for name in shares})
     names = ["distinct", "any", "token", "idle"]
-    body = f"""<h2>Neurons: what excites them?</h2><p class="lead">Of the {TOP} distinct tokens that excite a neuron most,
-{shares["trained"]["distinct"]:.0%} are of its commonest kind of word (shuffled {shares["shuffled"]["distinct"]:.0%}, untrained
+    return f"""<h2>Neurons: what excites them?</h2><p class="lead">Of the {TOP} distinct tokens that excite a neuron most, the commonest
+kind of word has {shares["trained"]["distinct"]:.0%} (shuffled {shares["shuffled"]["distinct"]:.0%}, untrained
 {shares["untrained"]["distinct"]:.0%}).</p><div class="charts">{spread}{layers}</div>
 {table(["means over neurons", *names], [[name, *(x[n] for n in names)] for name, x in shares.items()])}
-<p class="note">Distinct: the share above, of {", ".join(KINDS)}. Any, token: at the {TOP} places that excite a neuron most, the share of the
-commonest kind of word, of the commonest token. Idle: neurons that fewer than {TOP} tokens excite, left out. Controls: the same activations,
-given to random places; and weights drawn anew, which answer to few tokens, but of no kind in particular.</p>
+<p class="note">Distinct: the share above; the kinds are {", ".join(KINDS)}. Any, token: at the {TOP} places that excite a neuron
+most, the share of the commonest kind and of the commonest token. Idle: fewer than {TOP} tokens excite it; left out. Controls: the
+same activations given to random places; a model with weights drawn anew, which answers to few tokens, but not of a kind.</p>
 <h3>The most selective</h3><p>The first four of each kind; the place of excitement is marked.</p>
 <div class="charts">{"".join(show(n) for some in few.values() for n in some[:4])}</div>
-<script id="neurons" type="application/json">[{",".join(neurons)}]</script>{SEARCH}<p class="note">The search knows the
-{len(neurons):,} most selective of {sum(map(len, few.values())):,}; interpret.json has all.</p><h2>A neuron for the main character?</h2>"""
+<script id="neurons" type="application/json">[{",".join(entries)}]</script>{SEARCH}
+<p class="note">Searched are the {len(entries):,} most selective of {len(active):,}; interpret.json has all.</p>
+<h2>A neuron for the main character?</h2>""" + show_hero(r, show)
+
+
+def show_hero(r, show):
     if not r["main character"]:
-        return body + "<p>Too few of these stories name one.</p>"
+        return "<p>Too few of these stories name one.</p>"
     best, silenced = r["main character"][0], r["main character silenced"]
     rows = [[name_of(h), h["later"], h["capital"]] for h in r["main character"][:5]]
     rows += [["the untrained model's best", *(r["untrained main character"][name] for name in ("later", "capital"))]]
-    return body + f"""<p class="lead">{name_of(best)} is more excited by the first mention of the main character than by a later one in
-{best["later"]:.0%} of pairs; with it silenced, later mentions cost {silenced["the best"][0]:+.3f} nats.</p>
-<div class="charts">{"".join(show(cells[h["layer"], h["neuron"]]) for h in r["main character"][:2])}</div>
+    cells = {(n["layer"], n["neuron"]): show(n) for n in r["neurons"]}
+    return f"""<p class="lead">{name_of(best)} is more excited by the first mention of the main character than by a later one in
+{best["later"]:.0%} of pairs. With it silenced, later mentions cost {silenced["the best"][0]:+.3f} nats.</p>
+<div class="charts">{"".join(cells[h["layer"], h["neuron"]] for h in r["main character"][:2])}</div>
 {table(["area under the curve: first mention against", "later mentions", "other capitalised words"], rows)}
-{table(["nats more with neurons silenced", "at later mentions", "elsewhere", "at later mentions, silenced at the first alone"],
+{table(["silenced: nats more", "at later mentions", "elsewhere", "at later mentions, if silenced at the first alone"],
        [[name, *values] for name, values in silenced.items()])}
-<p class="note">The area is 0.5 by chance. The best are chosen on one half of the stories and measured on the other.</p>"""
+<p class="note">By chance the area is 0.5. The best are chosen on one half of the stories, and measured on the other.</p>"""
 
 
 def show_skills(r):
     (whole, *cuts), lens = r["skills"], r["lens"]
     names = [name for name in SKILLS if name in whole]
     heads = sorted((x for x in cuts if x["head"] is not None), key=lambda x: min(x[name] - whole[name] for name in names))
-    rows = [whole] + [x for x in cuts if x["head"] is None] + heads[:10]
+    some = [whole] + [x for x in cuts if x["head"] is None] + heads[:10]
+    rows = [[name_of(x) if x["layer"] is not None else "nothing", *(f"{x[name]:.0%}" for name in names)] for x in some]
     lines = {"mean": np.mean([x["lead"] for x in lens], 0).tolist()} if lens else {}
     lines |= {f"… {x['text'][-20:]} ({x['right'].strip()})": x["lead"] for x in lens[:5]}
     drawn = chart("Exclusion: when does the right word overtake?", "after so many layers", "nats by which it leads",
                   {name: list(enumerate(lead)) for name, lead in lines.items()})
     after = lambda lead: next((str(i) for i in range(len(lead)) if min(lead[i:]) > 0), "never")
-    return f"""<h2>Where a skill lives</h2><p>Share of words where the model finds the right one likelier than a tempting wrong one, on
-{r["measured on"]}; red where silencing lowers it.</p>
-{table(["silenced", *names], [[name_of(x) if x["layer"] is not None else "nothing", *(f"{x[name]:.0%}" for name in names)] for x in rows],
-       lambda i, j: 2 * (whole[names[j - 1]] - rows[i][names[j - 1]]) if i >= 0 and j else 0)}
-<p class="note">All layers, and the ten heads that matter most to a skill; with so few words a difference of 10 % may be chance.</p>
+    return f"""<h2>Where a skill lives</h2><p>Share of words where the model finds the right one likelier than a tempting wrong one,
+on {r["measured on"]}; red where silencing lowers it.</p>
+{table(["silenced", *names], rows, lambda i, j: 2 * (whole[names[j - 1]] - some[i][names[j - 1]]) if j else 0)}
+<p class="note">All layers, and the ten heads that some skill misses most; with so few words, 10 % may be chance.</p>
 <div class="charts">{drawn}</div>{table(["the story so far", "right", "tempting", "leads for good after layers"],
       [["… " + x["text"][-90:], x["right"], x["wrong"], after(x["lead"])] for x in lens[:8]])}
 <p class="note">The head of the model reads the state between the layers (logit lens). At the end the right word leads in
@@ -576,22 +585,20 @@ def show_skills(r):
 
 
 def compare(results):
-    """HTML of several runs in a table and a chart."""
+    """HTML of several runs in a table and charts."""
     rows, points = [], defaultdict(list)
     for r in results:
-        values = {"heads not mixed": np.mean([h["type"] != "mixed" for h in r["heads"]]),
-                  "untrained: heads not mixed": np.mean([h["type"] != "mixed" for h in r["untrained heads"]]),
-                  "neurons' commonest kind": r["shares"]["trained"]["distinct"],
-                  "untrained: commonest kind": r["shares"]["untrained"]["distinct"],
-                  "main character": r["main character"] and r["main character"][0]["later"],
-                  "untrained: main character": r["main character"] and r["untrained main character"]["later"]}
-        shape = "{n_layer} × {n_embd}, {n_head} heads".format(**r["config"])
-        rows.append([r["run"], shape, r["dataset"], r["loss"], *(value or None for value in values.values())])
-        for name, value in list(values.items())[:4]:
+        pure = [sum(h["type"] != "mixed" for h in r[key]) / len(r[key]) for key in ("heads", "untrained heads")]
+        alike = [r["shares"][name]["distinct"] for name in ("trained", "untrained")]
+        hero = [x and x["later"] for x in ([*r["main character"], None][0], r["untrained main character"])]
+        names = [a + b for a in ("heads not mixed", "commonest kind of a neuron", "main character") for b in ("", ", untrained")]
+        rows.append([r["run"], "{n_layer} × {n_embd}, {n_head} heads".format(**r["config"]), r["dataset"], r["loss"],
+                     *pure, *alike, *hero])
+        for name, value in zip(names, pure + alike):
             points[name].append((r["parameters"], r["config"]["n_layer"], value))
     charts = [chart(f"Against {what}", what, "share", {name: [(p[i], p[2]) for p in some] for name, some in points.items()},
                     log_x=not i, lines=False) for i, what in enumerate(("parameters", "layers"))]
-    return (f"<h2>Runs compared</h2>{table(['run', 'layers × width', 'stories', 'loss', *values], rows)}"
+    return (f"<h2>Runs compared</h2>{table(['run', 'layers × width', 'stories', 'loss', *names], rows)}"
             f"<div class=\"charts\">{''.join(charts)}</div>")
 
 
@@ -611,28 +618,27 @@ def study(run, args, device):
     stories = read_stories([tokens[a:b].tolist() for a, b in zip(ends, ends[1:])], encoding, c.block_size, device)
     articles = torch.tensor([i for i in range(meta["vocab_size"] - 1) if encoding.decode_single_token_bytes(i).strip()
                              .lower() in (b"a", b"an", b"the")], device=device)
-    control = untrained(model, args.seed)
-
-    heads, plain_heads = study_heads(model, stories, articles), study_heads(control, stories, articles, "control's heads")
-    some = tokens[:ends[:51][-1] + 1]
-    loss = without_each(model, lambda: float(score(model, some, meta["eot"]).sum() / (len(some) - 1)), "silencing, by loss")
+    control, few = untrained(model, args.seed), tokens[:ends[:51][-1] + 1]
+    heads = study_heads(model, stories, articles)
+    loss = without_each(model, lambda: float(score(model, few, meta["eot"]).sum() / (len(few) - 1)), "silencing")
     for head in heads:
         head["loss rise"] = loss[head["layer"], head["head"]] - loss[None]
-    found, heroes = study_neurons(model, stories)
+    trained, heroes = study_neurons(model, stories)
     shuffled, _ = study_neurons(model, stories, shuffle=True, title="shuffled neurons")
-    plain, plain_heroes = study_neurons(control, stories, title="control's neurons")
+    plain, plain_heroes = study_neurons(control, stories, title="untrained neurons")
     best = [(x["layer"], x["neuron"]) for x in heroes[:10]]
     groups = {"the best": best[:1], "the second": best[1:2], "the ten best": best, "ten by chance, in the same layers":
-              [(layer, int(torch.randint(4 * c.n_embd, ()))) for layer, _ in best]}
-    rises = loss_without_neurons(model, stories, list(groups.values())) if best else []
+              [(layer, int(torch.randint(4 * c.n_embd, ()))) for layer, _ in best]} if best else {}
     source, skills, lens = study_skills(model, dataset, encoding)
-    return {"run": run, "dataset": dataset, "stories": len(stories.idx), "config": vars(c), "parameters": model.num_params(),
-            "loss": loss[None], "silenced on": min(50, len(stories.idx)), "heads": heads, "untrained heads": plain_heads,
+    return {"run": run, "dataset": dataset, "stories": len(stories.idx), "config": vars(c),
+            "parameters": model.num_params(), "loss": loss[None], "silenced on": min(50, len(stories.idx)), "heads": heads,
+            "untrained heads": study_heads(control, stories, articles, "untrained heads"),
             "layers' loss rise": [loss[i, None] - loss[None] for i in range(c.n_layer)],
-            "shares": {"trained": sum_up(found), "shuffled": sum_up(shuffled), "untrained": sum_up(plain)},
-            "main character": heroes[:20], "untrained main character": (plain_heroes or [None])[0],
-            "main character silenced": dict(zip(groups, rises)), "measured on": source, "skills": skills, "lens": lens,
-            "neurons": list_neurons(found, shuffled, stories)}, draw_maps(model, stories, heads)
+            "shares": {"trained": sum_up(trained), "shuffled": sum_up(shuffled), "untrained": sum_up(plain)},
+            "main character": heroes[:20], "untrained main character": [*plain_heroes, None][0],
+            "main character silenced": dict(zip(groups, loss_without_neurons(model, stories, list(groups.values())))),
+            "measured on": source, "skills": skills, "lens": lens,
+            "neurons": list_neurons(trained, shuffled, stories)}, draw_maps(model, stories, heads)
 
 
 def main(argv=None):
