@@ -47,8 +47,8 @@ ROLES = ("", "first", "later", "capital")  # the main character's name, first an
 
 
 def list_words():
-    """{word: kind} of all forms of the words in data/words.json. -ing and past are verbs; else a word of several kinds is
-    an adjective, or else a noun ("a walk")."""
+    """{word: kind} of all forms of the words in data/words.json. -ing and past are verbs; else a word of several kinds
+    is an adjective, or else a noun ("a walk")."""
     known = dict.fromkeys(MORE_NOUNS, "noun")
     for kind, forms in (("verb", ("ing", "past")), ("adjective", ("",)), ("noun", ("", "s")), ("verb", ("", "s"))):
         for word in sorted(VOCABULARY[kind + "s"]):
@@ -58,9 +58,9 @@ def list_words():
 
 
 def read_stories(lists, encoding, block_size, device="cpu"):
-    """Stories (lists of ids, <|endoftext|> first) as tensors (N, T), those of like length side by side: tokens idx, padded
-    with <|endoftext|>; kind (index into KINDS) and role (into ROLES) of the word that a token's last character belongs
-    to; real, where kind >= 0: neither padding nor the first; pieces [N][T]: each token's text.
+    """Stories (lists of ids, <|endoftext|> first) as tensors (N, T), those of like length side by side: tokens idx,
+    padded with <|endoftext|>; kind (index into KINDS) and role (into ROLES) of the word that a token's last character
+    belongs to; real, where kind >= 0: neither padding nor the first; pieces [N][T]: each token's text.
 
     A name is a capitalised word that stands within a sentence and is hardly ever written small; the main character is
     the one whose name the story has most often within its sentences."""
@@ -153,8 +153,8 @@ def silence(projection, columns=slice(None), where=True):
 
 
 def without_each(model, measure, title):
-    """{None: what measure() says of the whole model, (layer, head): with that head silenced, (layer, None): without the
-    whole layer, attention and MLP}."""
+    """{None: what measure() says of the whole model, (layer, head): with that head silenced, (layer, None): without
+    the whole layer, attention and MLP}."""
     found, size = {None: measure()}, model.config.n_embd // model.config.n_head
     for layer, block in enumerate(tqdm(model.blocks, desc=title, leave=False, disable=None)):
         with silence(block.attn.proj), silence(block.mlp.proj):
@@ -166,7 +166,7 @@ def without_each(model, measure, title):
 
 
 def untrained(model, seed):
-    """The same shape, all weights drawn anew: also those that training starts at zero, or no layer would do anything."""
+    """The same shape, all weights drawn anew, also those that training starts at zero: else no layer did anything."""
     torch.manual_seed(seed)
     control = GPT(model.config)
     for p in control.parameters():
@@ -280,7 +280,7 @@ def most_common(x):
 
 
 def area(hits, others):
-    """Area under the ROC curve (M,): how often a row of hits (P, M) lies above one of others (N, M); a tie counts half."""
+    """Area under the ROC curve (M,): how often a row of hits (P, M) is above one of others (N, M); ties count half."""
     ordered, hits = others.T.contiguous().sort(1).values, hits.T.contiguous()
     below = torch.searchsorted(ordered, hits) + torch.searchsorted(ordered, hits, right=True)
     return below.double().mean(1) / 2 / len(others)
@@ -290,9 +290,9 @@ def area(hits, others):
 def study_neurons(model, stories, shuffle=False, title="neurons"):
     """(one namespace a layer, [{layer, neuron, areas under the curve}] of main character neurons, the best first).
 
-    places (TOP, M): where in stories.idx, flattened, each of M neurons is most excited; most (M,): how much at the first
-    of them; kinds (TOP, M): of the TOP distinct tokens that excite it most; idle (M,): there are fewer; share: that of
-    the most common `token` at those places, of the most common kind of word there (`any`) and among `distinct` tokens.
+    places (TOP, M): where in stories.idx, flattened, each of M neurons is most excited; most (M,): how much at the
+    first; kinds (TOP, M): of the TOP distinct tokens that excite it most; idle (M,): there are fewer; share: of the
+    most common `token` at those places, of the most common kind of word there (`any`) and among `distinct` tokens.
     shuffle: a control, in which activations are given to places drawn by chance."""
     V, longest, device = model.config.vocab_size, stories.idx.size(1), stories.idx.device
     tokens, kinds, roles = stories.idx.flatten(), stories.kind.flatten(), stories.role.flatten()
@@ -332,8 +332,8 @@ def study_neurons(model, stories, shuffle=False, title="neurons"):
 
 
 def sum_up(layers):
-    """{share: mean over the neurons that are not idle; layers: mean of `distinct` by layer, spread: its distribution in
-    steps of 1 / TOP; idle: how many are}."""
+    """{share: mean over the neurons that are not idle; layers: mean of `distinct` by layer; spread: its distribution
+    in steps of 1 / TOP; idle: how many are}."""
     shares = [{name: x[~layer.idle] for name, x in layer.share.items()} for layer in layers]
     every = {name: torch.cat([x[name] for x in shares]) for name in shares[0]}
     spread = torch.bincount((every["distinct"] * TOP).round().long(), minlength=TOP + 1) / len(every["distinct"])
@@ -342,8 +342,8 @@ def sum_up(layers):
 
 
 def list_neurons(layers, shuffled, stories):
-    """[{figure: value, "excerpts": [[before, token, after]]}] of every neuron, the most selective first: whose most common
-    kind among its distinct tokens passes that kind's share among shuffled neurons' the most."""
+    """[{figure: value, "excerpts": [[before, token, after]]}] of every neuron, the most selective first: whose most
+    common kind among its distinct tokens passes that kind's share among shuffled neurons' the most."""
     usual = torch.bincount(torch.cat([x.kinds[:, ~x.idle].flatten() for x in shuffled]), minlength=len(KINDS))
     neurons, longest = [], stories.idx.size(1)
     for i, layer in enumerate(layers):
@@ -353,15 +353,16 @@ def list_neurons(layers, shuffled, stories):
         for n, (places, kind, excess, most, *shares) in enumerate(values):
             texts = [(stories.pieces[place // longest], place % longest) for place in places[:5] if most > 0]
             excerpts = [["".join(t[max(0, at - 7):at]), t[at], "".join(t[at + 1:at + 4])] for t, at in texts]
-            neurons.append({"layer": i, "neuron": n, "kind": KINDS[kind], "excess": round(excess, 3), "most": round(most, 3),
-                            **{name: round(x, 2) for name, x in zip(layer.share, shares)}, "excerpts": excerpts})
+            shares = {name: round(share, 2) for name, share in zip(layer.share, shares)}
+            neurons.append({"layer": i, "neuron": n, "kind": KINDS[kind], "excess": round(excess, 3),
+                            "most": round(most, 3), **shares, "excerpts": excerpts})
     return sorted(neurons, key=lambda n: -n["excess"])
 
 
 @torch.inference_mode()
 def loss_without_neurons(model, stories, groups):
-    """[[at later mentions of the main character, elsewhere, at later mentions if silenced at the first alone]]: how many
-    nats more a token costs with each group of neurons, [(layer, neuron)], silenced."""
+    """[[at later mentions of the main character, elsewhere, at later mentions if silenced at the first alone]]: how
+    many nats more a token costs with each group of neurons, [(layer, neuron)], silenced."""
     rises, counts = torch.zeros(len(groups), 3), torch.zeros(3)
     for rows, T in batches(stories, "silencing neurons", most=100):
         idx, real, role = (x[rows, :T] for x in (stories.idx, stories.real, stories.role))
@@ -385,8 +386,8 @@ def loss_without_neurons(model, stories, groups):
 
 @torch.inference_mode()
 def study_lens(model, encoding, probes):
-    """[{text, right, wrong, lead}]: by how many nats the right word leads the wrong one, at the first token in which they
-    differ, if the model's head reads the state before each layer and after the last (logit lens, nostalgebraist 2020)."""
+    """[{text, right, wrong, lead}]: by how many nats the right word leads the wrong one, at the first token in which
+    they differ, if the head reads the state before each layer and after the last (logit lens, nostalgebraist 2020)."""
     found = []
     for probe in probes:
         words = probe["right"][0], probe["wrong"][0]
@@ -397,7 +398,8 @@ def study_lens(model, encoding, probes):
                 model(torch.tensor([right[:same][-model.config.block_size:]], device=model.head.weight.device))
             states = norm(torch.stack([x[0, -1] for x in seen]))  # (layers + 1, C); what is normed already stays so
             lead = model.head.weight[right[same]] - model.head.weight[wrong[same]]
-            found.append(dict(zip(("text", "right", "wrong", "lead"), (probe["prompt"], *words, (states @ lead).tolist()))))
+            found.append({"text": probe["prompt"], "right": words[0], "wrong": words[1],
+                          "lead": (states @ lead).tolist()})
     return found
 
 
@@ -420,12 +422,13 @@ def study_skills(model, dataset, encoding):
 # -----------------------------------------------------------------------------------------------------------------
 # the page
 
-EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit; border-radius: .2rem }
-.note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem } .neuron { margin: .6rem 0; overflow-wrap: anywhere }
+EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit }
+.note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem }
+.neuron { margin: .6rem 0; overflow-wrap: anywhere }
 .neuron q { display: block; quotes: none; white-space: pre-wrap; padding-left: 1rem } th { vertical-align: bottom }
 input { font: inherit; padding: .3rem } .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
 .map g:hover rect { stroke: var(--c1); stroke-width: 2 }</style>"""
-SEARCH = """<p><label>Search for a word that excites: <input id="find" type="search"></label> <span id="count"></span></p>
+SEARCH = """<p><label>Search for a word: <input id="find" type="search"></label> <span id="count"></span></p>
 <div id="found" class="charts"></div><script>
 const neurons = JSON.parse(document.getElementById("neurons").textContent)
 const make = (tag, ...inside) => { const e = document.createElement(tag); e.append(...inside); return e }
@@ -441,7 +444,7 @@ document.getElementById("find").oninput = ({ target }) => {
 
 
 def name_of(x):
-    return f"layer {x['layer']}" + "".join(f" {part} {x[part]}" for part in ("head", "neuron") if x.get(part) is not None)
+    return " ".join(f"{part} {x[part]}" for part in ("layer", "head", "neuron") if x.get(part) is not None)
 
 
 def table(header, rows, shade=lambda row, column: 0):
@@ -455,8 +458,8 @@ def table(header, rows, shade=lambda row, column: 0):
     return "<div class=\"scroll\"><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>\n"
 
 
-TELLING = {"distance": "the most by distance", "words": "the most by words", "own noun / share": "articles look at their noun",
-           "main character / share": "looks at the main character", "loss rise": "costs most when silenced"}
+TELLING = {"distance": "the most by distance", "words": "the most by words", "loss rise": "costs most when silenced",
+           "own noun / share": "articles look at their noun", "main character / share": "looks at the main character"}
 
 
 def draw_maps(model, stories, heads, T=40):
@@ -474,10 +477,12 @@ def draw_maps(model, stories, heads, T=40):
         svg = [f"<text x=\"66\" y=\"{85 + 13 * i}\" text-anchor=\"end\">{label}</text><text transform=\""
                f"translate({79 + 13 * i} 70) rotate(-60)\">{label}</text>" for i, label in enumerate(labels)]
         for i, row in enumerate(seen[layer][0, head].softmax(-1).tolist()):
-            svg += [f"<g><title>{labels[i]} → {labels[j]}: {p:.2f}</title><rect x=\"{70 + 13 * j}\" y=\"{76 + 13 * i}\" "
-                    f"width=\"12\" height=\"12\" opacity=\"{p ** 0.5:.2f}\"/></g>" for j, p in enumerate(row) if p >= 0.01]
-        out.append(f"<figure><figcaption>layer {layer} head {head}: {', '.join(why)}</figcaption><div class=\"scroll map\">"
-                   f"<svg viewBox=\"0 0 {size + 20} {size}\" font-size=\"10\">{''.join(svg)}</svg></div></figure>")
+            svg += [f"<g><title>{labels[i]} → {labels[j]}: {p:.2f}</title><rect width=\"12\" height=\"12\" "
+                    f"x=\"{70 + 13 * j}\" y=\"{76 + 13 * i}\" opacity=\"{p**.5:.2f}\"/></g>"
+                    for j, p in enumerate(row) if p >= 0.01]
+        out.append(f"<figure><figcaption>layer {layer} head {head}: {', '.join(why)}</figcaption>"
+                   f"<div class=\"scroll map\"><svg viewBox=\"0 0 {size + 20} {size}\" font-size=\"10\">"
+                   f"{''.join(svg)}</svg></div></figure>")
     return f"<div class=\"charts\">{''.join(out)}</div>"
 
 
@@ -491,31 +496,33 @@ def show_heads(r, maps):
     names = iter([name_of(h) for some in series.values() for h in sorted(some, key=point)])  # as chart() draws them
     dots = re.sub("<title>", lambda _: f"<title>{next(names)}, ", dots)
     ranges = sorted(series["distance"], key=lambda h: -h["decay"])
-    rates = chart("How fast distance heads forget", "distance heads, the steepest first", "log2 of the decay a token", {
+    rates = chart("How fast distance heads forget", "the steepest distance head first", "log2 of the decay a token", {
         "learned": [(i, math.log2(max(h["decay"], 2**-12))) for i, h in enumerate(ranges, 1)],
         "ALiBi's slopes": [(i, math.log2(m)) for i, m in enumerate(alibi_slopes(len(ranges)).tolist(), 1)]})
     profiles = chart("Attention against distance", "tokens back", "log-attention, above its mean", {
-        f"{name_of(h)}: {h['decay']:.3f} a token": list(enumerate(h["profile"])) for h in ranges[::len(ranges) // 6 + 1]})
-    figures = ["type", "distance", "words", "decay", "peak", "mean distance", "entropy", "start", "previous token",
-               "loss rise", *(name + " / share" for name in ("main character", "nouns", "own noun", "same token", "induction"))]
+        f"{name_of(h)}: {h['decay']:.3f}": list(enumerate(h["profile"])) for h in ranges[::len(ranges) // 6 + 1]})
+    shares = [name + " / share" for name in ("main character", "nouns", "own noun", "same token", "induction")]
+    figures = ["type", "distance", "words", "loss rise", "decay", "peak", "mean distance", "entropy", "start",
+               "previous token", *shares]
     noun, hero = (max(heads, key=lambda h: h[name]) for name in ("own noun / share", "main character / share"))
     return f"""<h2>Heads: by distance, or by words?</h2>
-<p class="lead">Of {len(heads)} heads, {types["distance"]} look by distance, {types["semantic"]} by words, {types["mixed"]} are mixed
-(untrained: {sum(h["type"] == "mixed" for h in r["untrained heads"])} mixed). At <i>a</i>, <i>an</i> and <i>the</i>,
-{name_of(noun)} looks {noun["own noun / share"]:.1f} times as often as chance at the earlier mention of the noun to come;
-{name_of(hero)} looks {hero["main character / share"]:.1f} times as often as chance at the main character.</p>
-<div class="charts">{dots}{profiles}{rates}</div>
-<p class="note"><b>Distance</b>: R² of the logarithm of a head's attention, each query's mean taken off, by how far back the key
-is, over the {len(heads[0]["profile"])} nearest keys. <b>Words</b>: R² by which token is looked at and which kind of word looks.
-Both with means from the other half of the stories. A distance head: distance explains at least {LEAST}, and at least {TIMES}
-times what words do; a semantic one the other way round; all others are mixed. Decay: the fall of log-attention a token, from
-its peak on. ALiBi's slopes: 2^(-8h/H), for as many heads.</p>
+<p class="lead">Of {len(heads)} heads {types["distance"]} look by distance, {types["semantic"]} by words,
+{types["mixed"]} are mixed (untrained: {sum(h["type"] == "mixed" for h in r["untrained heads"])} mixed). At <i>a</i>,
+<i>an</i> and <i>the</i>, {name_of(noun)} looks {noun["own noun / share"]:.1f} times as often as chance at the earlier
+mention of the noun to come; {name_of(hero)} looks {hero["main character / share"]:.1f} times as often as chance at
+the main character.</p><div class="charts">{dots}{profiles}{rates}</div>
+<p class="note"><b>Distance</b>: R² of the logarithm of a head's attention, each query's mean taken off, by how far
+back the key is, over the {len(heads[0]["profile"])} nearest keys. <b>Words</b>: R² by which token is looked at and
+which kind of word looks. Both with means from the other half of the stories. A distance head: distance explains at
+least {LEAST}, and at least {TIMES} times what words do; a semantic one the other way round; all others are mixed.
+Decay: the fall of log-attention a token, from its peak on. ALiBi's slopes: 2^(-8h/H), for as many heads.</p>
 <h3>Maps</h3><p>A row reads and looks at the columns, the darker the more. Hover for the values.</p>{maps}
 <h3>Every head</h3>{table(["", *figures], [[name_of(h), *(h[name] for name in figures)] for h in heads])}
-<p class="note">“/ share”: attention over the share in the text so far, so that 1 is indifference, of the main character's name
-(the one most often within the story's sentences), of nouns, of an article's own noun (earlier mentions of the one to come), of
-the same token, of what followed the same token (induction); without the start (&lt;|endoftext|&gt;). Entropy in nats. Loss rise: nats
-a token more with the head silenced, over {r["silenced on"]} stories, where the whole model has {r["loss"]:.3f}.</p>"""
+<p class="note">“/ share”: attention over the share in the text so far, so that 1 is indifference, of the main
+character's name (the one most often within the story's sentences), of nouns, of an article's own noun (earlier
+mentions of the one to come), of the same token, of what followed the same token (induction); without the start
+(&lt;|endoftext|&gt;). Entropy in nats. Loss rise: nats a token more with the head silenced, over {r["silenced on"]}
+stories, where the whole model has {r["loss"]:.3f}.</p>"""
 
 
 def show_neurons(r, limit=2_500_000):
@@ -529,17 +536,19 @@ def show_neurons(r, limit=2_500_000):
         entry = json.dumps([title(n), n["excerpts"]], ensure_ascii=False).replace("<", "\\u003c")
         limit -= len(entry.encode())
         entries += [entry] * (limit > 0)
-    spread = chart("How alike are the tokens that excite a neuron?", f"share of the commonest kind of word among {TOP}",
-                   "% of neurons", {name: [(i / TOP, 100 * x) for i, x in enumerate(shares[name]["spread"])] for name in shares})
-    layers = chart("By layer", "layer", "mean of that share", {name: list(enumerate(shares[name]["layers"])) for name in shares})
+    spread = chart("How alike are the tokens that excite a neuron?", "share of the commonest kind", "% of neurons",
+                   {name: [(i / TOP, 100 * y) for i, y in enumerate(x["spread"])] for name, x in shares.items()})
+    layers = chart("By layer", "layer", "mean", {name: list(enumerate(x["layers"])) for name, x in shares.items()})
     names = ["distinct", "any", "token", "idle"]
-    return f"""<h2>Neurons: what excites them?</h2><p class="lead">Of the {TOP} distinct tokens that excite a neuron most, the commonest
-kind of word has {shares["trained"]["distinct"]:.0%} (shuffled {shares["shuffled"]["distinct"]:.0%}, untrained
+    return f"""<h2>Neurons: what excites them?</h2>
+<p class="lead">Of the {TOP} distinct tokens that excite a neuron most, the commonest kind of word has
+{shares["trained"]["distinct"]:.0%} (shuffled {shares["shuffled"]["distinct"]:.0%}, untrained
 {shares["untrained"]["distinct"]:.0%}).</p><div class="charts">{spread}{layers}</div>
 {table(["means over neurons", *names], [[name, *(x[n] for n in names)] for name, x in shares.items()])}
-<p class="note">Distinct: the share above; the kinds are {", ".join(KINDS)}. Any, token: at the {TOP} places that excite a neuron
-most, the share of the commonest kind and of the commonest token. Idle: fewer than {TOP} tokens excite it; left out. Controls: the
-same activations given to random places; a model with weights drawn anew, which answers to few tokens, but not of a kind.</p>
+<p class="note">Distinct: the share above; the kinds are {", ".join(KINDS)}. Any, token: at the {TOP} places that
+excite a neuron most, the share of the commonest kind and of the commonest token. Idle: fewer than {TOP} tokens excite
+it; left out. Controls: the same activations given to random places; a model with weights drawn anew, which answers to
+few tokens, but not of a kind.</p>
 <h3>The most selective</h3><p>The first four of each kind; the place of excitement is marked.</p>
 <div class="charts">{"".join(show(n) for some in few.values() for n in some[:4])}</div>
 <script id="neurons" type="application/json">[{",".join(entries)}]</script>{SEARCH}
@@ -554,33 +563,35 @@ def show_hero(r, show):
     rows = [[name_of(h), h["later"], h["capital"]] for h in r["main character"][:5]]
     rows += [["the untrained model's best", *(r["untrained main character"][name] for name in ("later", "capital"))]]
     cells = {(n["layer"], n["neuron"]): show(n) for n in r["neurons"]}
-    return f"""<p class="lead">{name_of(best)} is more excited by the first mention of the main character than by a later one in
+    return f"""
+<p class="lead">{name_of(best)} is more excited by the first mention of the main character than by a later one in
 {best["later"]:.0%} of pairs. With it silenced, later mentions cost {silenced["the best"][0]:+.3f} nats.</p>
 <div class="charts">{"".join(cells[h["layer"], h["neuron"]] for h in r["main character"][:2])}</div>
 {table(["area under the curve: first mention against", "later mentions", "other capitalised words"], rows)}
 {table(["silenced: nats more", "at later mentions", "elsewhere", "at later mentions, if silenced at the first alone"],
        [[name, *values] for name, values in silenced.items()])}
-<p class="note">By chance the area is 0.5. The best are chosen on one half of the stories, and measured on the other.</p>"""
+<p class="note">The area is 0.5 by chance. Best ones are chosen on one half of the stories, measured on the other.</p>"""
 
 
 def show_skills(r):
     (whole, *cuts), lens = r["skills"], r["lens"]
     names = [name for name in SKILLS if name in whole]
-    heads = sorted((x for x in cuts if x["head"] is not None), key=lambda x: min(x[name] - whole[name] for name in names))
-    some = [whole] + [x for x in cuts if x["head"] is None] + heads[:10]
-    rows = [[name_of(x) if x["layer"] is not None else "nothing", *(f"{x[name]:.0%}" for name in names)] for x in some]
+    heads = [x for x in cuts if x["head"] is not None]
+    heads = sorted(heads, key=lambda x: min(x[name] - whole[name] for name in names))[:10]
+    some = [whole] + [x for x in cuts if x["head"] is None] + heads
+    rows = [[name_of(x) or "nothing", *(f"{x[name]:.0%}" for name in names)] for x in some]
     lines = {"mean": np.mean([x["lead"] for x in lens], 0).tolist()} if lens else {}
     lines |= {f"… {x['text'][-20:]} ({x['right'].strip()})": x["lead"] for x in lens[:5]}
     drawn = chart("Exclusion: when does the right word overtake?", "after so many layers", "nats by which it leads",
                   {name: list(enumerate(lead)) for name, lead in lines.items()})
     after = lambda lead: next((str(i) for i in range(len(lead)) if min(lead[i:]) > 0), "never")
-    return f"""<h2>Where a skill lives</h2><p>Share of words where the model finds the right one likelier than a tempting wrong one,
-on {r["measured on"]}; red where silencing lowers it.</p>
+    return f"""<h2>Where a skill lives</h2><p>Share of words where the model finds the right one likelier than a
+tempting wrong one, on {r["measured on"]}; red where silencing lowers it.</p>
 {table(["silenced", *names], rows, lambda i, j: 2 * (whole[names[j - 1]] - some[i][names[j - 1]]) if j else 0)}
 <p class="note">All layers, and the ten heads that some skill misses most; with so few words, 10 % may be chance.</p>
 <div class="charts">{drawn}</div>{table(["the story so far", "right", "tempting", "leads for good after layers"],
       [["… " + x["text"][-90:], x["right"], x["wrong"], after(x["lead"])] for x in lens[:8]])}
-<p class="note">The head of the model reads the state between the layers (logit lens). At the end the right word leads in
+<p class="note">The model's head reads the state between the layers (logit lens). At the end the right word leads in
 {sum(x["lead"][-1] > 0 for x in lens)} of {len(lens)} exclusions.</p>"""
 
 
@@ -591,12 +602,13 @@ def compare(results):
         pure = [sum(h["type"] != "mixed" for h in r[key]) / len(r[key]) for key in ("heads", "untrained heads")]
         alike = [r["shares"][name]["distinct"] for name in ("trained", "untrained")]
         hero = [x and x["later"] for x in ([*r["main character"], None][0], r["untrained main character"])]
-        names = [a + b for a in ("heads not mixed", "commonest kind of a neuron", "main character") for b in ("", ", untrained")]
+        names = [a + b for a in ("heads not mixed", "a neuron's commonest kind", "main character")
+                 for b in ("", ", untrained")]
         rows.append([r["run"], "{n_layer} × {n_embd}, {n_head} heads".format(**r["config"]), r["dataset"], r["loss"],
                      *pure, *alike, *hero])
         for name, value in zip(names, pure + alike):
             points[name].append((r["parameters"], r["config"]["n_layer"], value))
-    charts = [chart(f"Against {what}", what, "share", {name: [(p[i], p[2]) for p in some] for name, some in points.items()},
+    charts = [chart(f"Against {what}", what, "share", {name: [(p[i], p[2]) for p in x] for name, x in points.items()},
                     log_x=not i, lines=False) for i, what in enumerate(("parameters", "layers"))]
     return (f"<h2>Runs compared</h2>{table(['run', 'layers × width', 'stories', 'loss', *names], rows)}"
             f"<div class=\"charts\">{''.join(charts)}</div>")
@@ -631,8 +643,8 @@ def study(run, args, device):
               [(layer, int(torch.randint(4 * c.n_embd, ()))) for layer, _ in best]} if best else {}
     source, skills, lens = study_skills(model, dataset, encoding)
     return {"run": run, "dataset": dataset, "stories": len(stories.idx), "config": vars(c),
-            "parameters": model.num_params(), "loss": loss[None], "silenced on": min(50, len(stories.idx)), "heads": heads,
-            "untrained heads": study_heads(control, stories, articles, "untrained heads"),
+            "parameters": model.num_params(), "loss": loss[None], "silenced on": min(50, len(stories.idx)),
+            "heads": heads, "untrained heads": study_heads(control, stories, articles, "untrained heads"),
             "layers' loss rise": [loss[i, None] - loss[None] for i in range(c.n_layer)],
             "shares": {"trained": sum_up(trained), "shuffled": sum_up(shuffled), "untrained": sum_up(plain)},
             "main character": heroes[:20], "untrained main character": [*plain_heroes, None][0],
@@ -656,8 +668,8 @@ def main(argv=None):
     compared = compare([r for r, _ in found]) if len(found) > 1 else ""
     for r, maps in found:
         shape = "{n_layer} layers of {n_embd} channels and {n_head} heads".format(**r["config"])
-        intro = (f"{EXTRA}<p>{shape}, counted from 0; {r['parameters']:,} parameters; {r['stories']} validation stories of "
-                 f"{escape(r['dataset'])}.</p>")
+        intro = (f"{EXTRA}<p>{shape}, counted from 0; {r['parameters']:,} parameters; "
+                 f"{r['stories']} validation stories of {escape(r['dataset'])}.</p>")
         folder = os.path.dirname(r["run"]) if r["run"].endswith(".pt") else r["run"]
         body = intro + compared + show_heads(r, maps) + show_neurons(r) + show_skills(r)
         write_whole(os.path.join(folder, "interpret.json"), json.dumps(r, ensure_ascii=False))

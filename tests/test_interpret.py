@@ -1,4 +1,4 @@
-"""interpret.py: numbers about heads and neurons on models whose answer is known, and a page that renders and harms nobody."""
+"""interpret.py: figures of heads and neurons where the answer is known; a page that renders, and runs nothing."""
 import json
 import shutil
 import socket
@@ -200,22 +200,21 @@ def test_a_planted_main_character_neuron_is_found_and_silenced():
 
 def test_words_get_kinds_and_the_main_character_its_role(in_prepared):
     encoding = load_tokenizer("tiny")
-    texts = ["Once upon a time Lily saw a red ball. Mom called. “Yes,” said Lily. Then Lily and Tim walked to Ben."] * 3
+    texts = ["Once upon a time Lily saw a red ball. Mom called. “Yes,” said Lily. Then Lily and Tim went to Ben."] * 3
     lists = [[encoding.eot_token] + encoding.encode_ordinary(text) for text in texts + ["He saw a ball."]]
     s = interpret.read_stories(lists, encoding, 64)
     assert s.idx.shape == s.kind.shape == s.role.shape and s.real.sum() == sum(len(ids) - 1 for ids in lists)
     assert "".join(s.pieces[-1]) == texts[0][:len("".join(s.pieces[-1]))]
-    words = {}
-    for piece, kind, role in zip(s.pieces[-1], s.kind[-1].tolist(), s.role[-1].tolist()):
-        words.setdefault(piece.strip(), []).append((KINDS[kind], interpret.ROLES[role]))
+
     def kinds_at(word):  # of the token that ends the word's first mention
         end = texts[0].index(word) + len(word)
         ends = np.cumsum([len(piece) for piece in s.pieces[-1]])
         at = int(np.searchsorted(ends, end))
         return KINDS[s.kind[-1, at]], interpret.ROLES[s.role[-1, at]]
     assert kinds_at("Lily") == ("name", "first") and kinds_at("Tim") == ("name", "capital")
-    assert kinds_at("red") == ("adjective", "") and kinds_at("ball") == ("noun", "") and kinds_at("saw") == ("verb", "")
-    assert kinds_at("Mom") == ("noun", "capital") and kinds_at("walked") == ("verb", "")
+    assert kinds_at("red") == ("adjective", "") and kinds_at("ball") == ("noun", "")
+    assert kinds_at("saw") == ("verb", "")
+    assert kinds_at("Mom") == ("noun", "capital") and kinds_at("went") == ("verb", "")
     assert kinds_at("said Lily") == kinds_at("Then Lily") == ("name", "later") and kinds_at("Once")[0] != "name"
 
 
@@ -235,7 +234,9 @@ def written(run, prepared):
     """(page, numbers) of a run on stories that would like to be HTML, beside itself."""
     records = make_stories(60, seed=3)
     for i, record in enumerate(records):
-        record["story"] += f" Then <script>document.title = 'hurt'</script> & <b>{i}</b> came by."
+        record["story"] = f"<script>document.title = 'hurt'</script> {record['story']}"
+        for span in record["spans"]:
+            span.update({side: span[side] + 41 for side in ("start", "end")})
         record["split"] = "val" if i % 2 else "train"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(prepared)
@@ -305,8 +306,9 @@ def test_in_a_browser_it_renders_hovers_and_searches_without_an_error(written, b
     def run(script):
         return browser("/execute/sync", script=script, args=[])
     browser("/url", url=Path(written[0]).as_uri())
-    assert run("return document.title").startswith("Inside") and run("return document.querySelectorAll('h2').length") >= 5
-    assert "<script>document.title" in run("return document.body.innerText")  # shown, not run
+    assert run("return document.title").startswith("Inside")
+    assert run("return document.querySelectorAll('h2').length") == 5 and run("return document.scripts.length") == 2
+    assert "<s" in run("return [...document.querySelectorAll('q')].map(q => q.innerText).join()")  # shown, not run
     rect = run("const r = document.querySelector('.map rect'); r.scrollIntoView({block: 'center'}); return r")
     before = run("return getComputedStyle(document.querySelector('.map rect')).stroke")
     browser("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": [
