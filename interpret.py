@@ -570,7 +570,8 @@ def show_hero(r, show):
 {table(["area under the curve: first mention against", "later mentions", "other capitalised words"], rows)}
 {table(["silenced: nats more", "at later mentions", "elsewhere", "at later mentions, if silenced at the first alone"],
        [[name, *values] for name, values in silenced.items()])}
-<p class="note">The area is 0.5 by chance. Best ones are chosen on one half of the stories, measured on the other.</p>"""
+<p class="note">The area is 0.5 by chance. The best are chosen on one half of the stories, and measured on the
+other.</p>"""
 
 
 def show_skills(r):
