@@ -410,7 +410,8 @@ def study_skills(model, dataset, encoding):
     if not probes:
         source = "data/probes.json, since these stories carry no marked words"
         exclusions = read_probes(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "probes.json"))
-        probes = [{**p, "right": p["right"][:1], "wrong": p["wrong"][:1]} for p in exclusions]
+        by_skill = [[p for p in exclusions if p["skill"] == skill][:40] for skill in SKILLS]
+        probes = [{**p, "right": p["right"][:1], "wrong": p["wrong"][:1]} for some in by_skill for p in some]
     skill = np.array([p["skill"] for p in probes])
     passed = without_each(model, lambda: passes(model, encoding, probes, "skills"), "silencing, by skill")
     return source, [{"layer": cut and cut[0], "head": cut and cut[1],
@@ -426,7 +427,7 @@ EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transpare
 .note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem }
 .neuron { margin: .6rem 0; overflow-wrap: anywhere }
 .neuron q { display: block; quotes: none; white-space: pre-wrap; padding-left: 1rem } th { vertical-align: bottom }
-input { font: inherit; padding: .3rem } .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
+input { font: inherit; padding: .3rem } .charts figure { max-width: 36rem } .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
 .map g:hover rect { stroke: var(--c1); stroke-width: 2 }</style>"""
 SEARCH = """<p><label>Search for a word: <input id="find" type="search"></label> <span id="count"></span></p>
 <div id="found" class="charts"></div><script>
@@ -516,7 +517,7 @@ back the key is, over the {len(heads[0]["profile"])} nearest keys. <b>Words</b>:
 which kind of word looks. Both with means from the other half of the stories. A distance head: distance explains at
 least {LEAST}, and at least {TIMES} times what words do; a semantic one the other way round; all others are mixed.
 Decay: the fall of log-attention a token, from its peak on. ALiBi's slopes: 2^(-8h/H), for as many heads.</p>
-<h3>Maps</h3><p>A row reads and looks at the columns, the darker the more. Hover for the values.</p>{maps}
+<h3>Maps</h3><p>A row reads and looks at the columns: the stronger the color, the more. Hover for values.</p>{maps}
 <h3>Every head</h3>{table(["", *figures], [[name_of(h), *(h[name] for name in figures)] for h in heads])}
 <p class="note">“/ share”: attention over the share in the text so far, so that 1 is indifference, of the main
 character's name (the one most often within the story's sentences), of nouns, of an article's own noun (earlier
@@ -631,7 +632,7 @@ def study(run, args, device):
     stories = read_stories([tokens[a:b].tolist() for a, b in zip(ends, ends[1:])], encoding, c.block_size, device)
     articles = torch.tensor([i for i in range(meta["vocab_size"] - 1) if encoding.decode_single_token_bytes(i).strip()
                              .lower() in (b"a", b"an", b"the")], device=device)
-    control, few = untrained(model, args.seed), tokens[:ends[:51][-1] + 1]
+    control, few = untrained(model, args.seed), tokens[:ends[:41][-1] + 1]
     heads = study_heads(model, stories, articles)
     loss = without_each(model, lambda: float(score(model, few, meta["eot"]).sum() / (len(few) - 1)), "silencing")
     for head in heads:
@@ -644,7 +645,7 @@ def study(run, args, device):
               [(layer, int(torch.randint(4 * c.n_embd, ()))) for layer, _ in best]} if best else {}
     source, skills, lens = study_skills(model, dataset, encoding)
     return {"run": run, "dataset": dataset, "stories": len(stories.idx), "config": vars(c),
-            "parameters": model.num_params(), "loss": loss[None], "silenced on": min(50, len(stories.idx)),
+            "parameters": model.num_params(), "loss": loss[None], "silenced on": min(40, len(stories.idx)),
             "heads": heads, "untrained heads": study_heads(control, stories, articles, "untrained heads"),
             "layers' loss rise": [loss[i, None] - loss[None] for i in range(c.n_layer)],
             "shares": {"trained": sum_up(trained), "shuffled": sum_up(shuffled), "untrained": sum_up(plain)},
