@@ -427,7 +427,8 @@ EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transpare
 .note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem }
 .neuron { margin: .6rem 0; overflow-wrap: anywhere }
 .neuron q { display: block; quotes: none; white-space: pre-wrap; padding-left: 1rem } th { vertical-align: bottom }
-input { font: inherit; padding: .3rem } .charts figure { max-width: 36rem } .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
+input { font: inherit; padding: .3rem } .charts figure { max-width: 36rem }
+.map svg { min-width: 30rem } .map rect { fill: var(--c0) }
 .map g:hover rect { stroke: var(--c1); stroke-width: 2 }</style>"""
 SEARCH = """<p><label>Search for a word: <input id="find" type="search"></label> <span id="count"></span></p>
 <div id="found" class="charts"></div><script>
@@ -445,7 +446,7 @@ document.getElementById("find").oninput = ({ target }) => {
 
 
 def name_of(x):
-    return " ".join(f"{part} {x[part]}" for part in ("layer", "head", "neuron") if x.get(part) is not None)
+    return "\u00a0".join(f"{part}\u00a0{x[part]}" for part in ("layer", "head", "neuron") if x.get(part) is not None)
 
 
 def table(header, rows, shade=lambda row, column: 0):
