@@ -426,7 +426,7 @@ def study_skills(model, dataset, encoding):
 EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit }
 .note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem }
 .neuron { margin: .6rem 0; overflow-wrap: anywhere }
-.neuron q { display: block; quotes: none; white-space: pre-wrap; padding-left: 1rem } th { vertical-align: bottom }
+.neuron q { display: block; quotes: none; padding-left: 1rem } th { vertical-align: bottom }
 input { font: inherit; padding: .3rem } .charts figure { max-width: 36rem }
 .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
 .map g:hover rect { stroke: var(--c1); stroke-width: 2 }</style>"""
