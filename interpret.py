@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as architecture
-from eval import chart, page, passes, read_probes, read_spans, score, write_whole
+from eval import HERE, passes, read_spans, score
 from model import GPT, alibi_slopes, find_run, load_model, norm, pick_device
 from prepare import SKILLS, Parser, load_meta, load_tokenizer, load_tokens, start
+from report import chart, page, write_whole
 from world import LISTS, VOCABULARY, forms_of
 
 FAR = 64          # what attention owes to distance is measured over so many, from positions with as many behind them
@@ -409,7 +410,8 @@ def study_skills(model, dataset, encoding):
     source = "marked words of validation stories"
     if not probes:
         source = "data/probes.json, since these stories carry no marked words"
-        exclusions = read_probes(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "probes.json"))
+        with open(os.path.join(HERE, "data", "probes.json"), encoding="utf-8") as f:
+            exclusions = json.load(f)
         by_skill = [[p for p in exclusions if p["skill"] == skill][:40] for skill in SKILLS]
         probes = [{**p, "right": p["right"][:1], "wrong": p["wrong"][:1]} for some in by_skill for p in some]
     skill = np.array([p["skill"] for p in probes])
