@@ -34,7 +34,6 @@ from sample import generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
-ORDER = ("model", "loss", "probes", "spans", *SECTIONS[2:])  # of eval.json; spans are the dataset's own probes
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -594,13 +593,14 @@ def compare(results, folders):
             charts.append(chart(f"{title}: skill against size", size, "share passed",
                                 {skill: by_size(title, skill) for skill in skills}, log_x=True))
     for name, result in results.items():
-        charts.append(chart(f"{name}: skill against step", "step", "share passed", result.get("steps", {}), True))
+        for title, series in result.get("steps", {}).items():
+            charts.append(chart(f"{name}, {title}: skill against step", "step", "share passed", series, log_x=True))
         if os.path.exists(log := os.path.join(folders[name], "log.jsonl")):
             with open(log) as f:
                 logs[name] = [record for record in map(json.loads, f) if "val_bpb" in record]
     for label, key, unit in (("tokens", "tokens", 1), ("minutes", "seconds", 60)):
-        charts.append(chart(f"bits per byte against {label}", label, "val_bpb",
-                            {name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}))
+        charts.append(chart(f"bits per byte against {label}", label, "val_bpb", {
+            name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}, log_x=True))
     charts.append(chart("bits per byte against size", size, "val_bpb", {
         title: by_size(title, "val_bpb") for title in titles if title.startswith("loss")}, log_x=True))
     rows = ["<tr>" + (f"<th colspan={1 + len(results)}>{escape(row[0])}" if len(row) == 1 else
@@ -615,15 +615,16 @@ def compare(results, folders):
 
 
 def steps(subject, probes, device):
-    """{skill: [(step, low, share of probes passed, high)]} of the checkpoints that train.py --keep=log leaves."""
-    found, sets = defaultdict(list), {"": probes, **{f" ({d})": read_spans(d, 100) for d in subject.datasets}}
+    """{probes or spans: {skill: [(step, low, share passed, high)]}} of checkpoints left by train.py --keep=log."""
+    sets = {"probes": probes, **{f"spans of {name}": read_spans(name, 100) for name in subject.datasets}}
+    found = {title: defaultdict(list) for title, some in sets.items() if some}
     for path in tqdm(subject.kept, desc="checkpoints", leave=False, disable=None):
         model, checkpoint = load_model(path, device)
-        for name, some in sets.items():
-            passed = passes(model, subject.encoding, some) if some else []
-            for skill in dict.fromkeys(p["skill"] for p in some):
-                share, low, high = interval([x for x, p in zip(passed, some) if p["skill"] == skill])
-                found[skill + name].append((checkpoint["step"], low, share, high))
+        for title in found:
+            passed = passes(model, subject.encoding, sets[title])
+            for skill in dict.fromkeys(p["skill"] for p in sets[title]):
+                share, low, high = interval([x for x, p in zip(passed, sets[title]) if p["skill"] == skill])
+                found[title][skill].append((checkpoint["step"], low, share, high))
     return found
 
 
@@ -713,7 +714,6 @@ def main(argv=None):
         result["model"] = subject.about
         for title, figures in sections(subject, wanted, probes, prompts, device, args):
             result[title] = figures
-            result = dict(sorted(result.items(), key=lambda item: ORDER.index(item[0].split()[0])))
             write_whole(path, json.dumps(result, indent=1))
         results[name], folders[name] = result, subject.folder
     print_table(table(results))

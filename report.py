@@ -5,6 +5,9 @@ from html import escape
 
 import numpy as np
 
+# sections of eval.json, as its table shows them; spans are the dataset's own probes
+ORDER = ("model", "loss", "probes", "spans", "completions", "memorisation", "instructions", "steps", "judge")
+
 
 def interval(top, bottom=None):
     """[sum(top) / sum(bottom), low, high]: a ratio, or a mean where `bottom` is None, with its 95 % interval; or None.
@@ -40,8 +43,8 @@ def cell(name, value):
 
 def table(results):
     """Rows of text from {run: {section: {figure: value}}}: a figure with a cell a run, or a section's name alone."""
-    rows = [["", *results]]
-    for title in dict.fromkeys(title for result in results.values() for title in result if title != "steps"):
+    rows, titles = [["", *results]], {title for result in results.values() for title in result} - {"steps"}
+    for title in sorted(titles, key=lambda title: (ORDER.index(title.split()[0]), title)):
         parts = [result.get(title, {}) for result in results.values()]
         rows += [[title]] + [["  " + name, *(cell(name, part.get(name)) for part in parts)]
                              for name in dict.fromkeys(name for part in parts for name in part)]
@@ -91,7 +94,7 @@ def ticks(low, high, log):
         few = high / low < 200
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         marks = (m * 10.0 ** e for e in powers for m in ((1, 2, 5) if few else (1,)))
-        return [m for m in marks if low <= m <= high]
+        return [m for m in marks if low <= m <= high] or [math.sqrt(low * high)]
     step = 10.0 ** math.floor(math.log10((high - low) / 6))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
     return [round(step * i, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -517,7 +517,7 @@ def test_two_runs_and_their_page(run, in_prepared, capsys):
     assert "memorisation of tiny" in out and "out/<b>" in out.splitlines()[0]
     before = read_results("out/<b>")
     assert list(before) == ["model", "loss on tiny", "probes", "completions", "memorisation of tiny", "steps"]
-    assert [point[0] for point in before["steps"]["fact"]] == [1, 2, 4, 8]
+    assert [point[0] for point in before["steps"]["probes"]["fact"]] == [1, 2, 4, 8]
     eval.main(["out/<b>", "--only=loss", *options])
     assert read_results("out/<b>") == before  # the loss too: it is deterministic
     with open("out/compare.html", encoding="utf-8") as f:
