@@ -183,7 +183,8 @@ def test_intervals_hold_the_truth_95_times_in_100():
         assert low < value < high
         held += low < 2 < high
     assert 85 <= held <= 99
-    assert report.interval([1, 3], [2, 6])[0] == 0.5 and report.interval([0.0], [0.0]) is None and report.interval([]) is None
+    assert report.interval([1, 3], [2, 6])[0] == 0.5
+    assert report.interval([0.0], [0.0]) is None and report.interval([]) is None
     assert report.interval([4, 8, 6], [2, 4, 3]) == [2, 2, 2]  # a ratio that is the same everywhere is certain
 
 
