@@ -216,6 +216,8 @@ def study_heads(model, stories, articles, title="heads"):
           "words": (zeros(L, 2, c.vocab_size * K, H), zeros(2, c.vocab_size * K, 1))}
     squares, sums, seen_by = zeros(L, 2, H), defaultdict(lambda: zeros(L, H)), Counter()
     for rows, T in batches(stories, title):
+        if T <= far:  # stories too short for a query with `far` keys behind it
+            continue
         idx, kind, real = (x[rows, :T] for x in (stories.idx, stories.kind, stories.real))
         with watch_attention() as seen:
             model(idx)
@@ -633,6 +635,9 @@ def study(run, args, device):
                  f"python prepare.py --dataset={dataset} --tokenizer={checkpoint['datasets'][0]}")
     ends = np.flatnonzero(tokens == meta["eot"])[:args.stories + 1].tolist()
     stories = read_stories([tokens[a:b].tolist() for a, b in zip(ends, ends[1:])], encoding, c.block_size, device)
+    if stories.idx.size(1) <= min(FAR, c.block_size // 2):
+        sys.exit(f"the first {args.stories} validation stories of {dataset} are at most {stories.idx.size(1)} tokens "
+                 f"long, too short to see heads at work: name another dataset with --dataset")
     articles = torch.tensor([i for i in range(meta["vocab_size"] - 1) if encoding.decode_single_token_bytes(i).strip()
                              .lower() in (b"a", b"an", b"the")], device=device)
     control, few = untrained(model, args.seed), tokens[:ends[:41][-1] + 1]

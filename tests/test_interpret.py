@@ -14,6 +14,7 @@ import torch
 
 import interpret
 import model as architecture
+import train
 from conftest import make_stories, write_jsonl
 from interpret import KINDS
 from model import alibi_slopes
@@ -321,3 +322,13 @@ def test_in_a_browser_it_renders_hovers_and_searches_without_an_error(written, b
     browser("/window/rect", width=390, height=800)
     assert run("return document.documentElement.scrollWidth <= window.innerWidth")
     assert [e for e in browser("/se/log", type="browser") if e["level"] == "SEVERE"] == []
+
+
+def test_stories_too_short_to_see_a_head_at_work_end_in_one_line(workplace):
+    stories = [{"story": f"Tim saw ball number {i}. He sat."} for i in range(200)]
+    write_jsonl(workplace / "data/short/stories.jsonl", stories)
+    prepare(["--dataset=short", "--vocab_size=300", "--clean=False", "--val_fraction=0.2"])
+    train.main(["--dataset=short", "--n_layer=1", "--n_embd=32", "--max_steps=1", "--batch_tokens=512", "--evals=0",
+                "--compile=False", "--device=cpu"])
+    with pytest.raises(SystemExit, match="too short"):
+        interpret.main(["--device=cpu"])
