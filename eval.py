@@ -16,20 +16,18 @@ import os
 import random
 import re
 import sys
-import zlib
 from collections import Counter, defaultdict
-from html import escape
-from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from corpus import compare_stories, runs_of, words_of
 from model import find_run, load_model, pick_device
-from prepare import (INSTRUCTIONS, SKILLS, Parser, file_hash, find_files, fingerprint, instruction, load_meta,
-                     load_ranks, load_tokenizer, load_tokens, make_encoding, read_records, start)
-from report import chart, interval, page, print_table, table, write_whole
+from prepare import (INSTRUCTIONS, SKILLS, Parser, file_hash, instruction, load_meta, load_ranks,
+                     load_tokenizer, load_tokens, make_encoding, read_records, start)
+from report import compare, interval, over_seeds, print_table, table, write_whole
 from sample import generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -92,7 +90,7 @@ def evaluate(model, dataset, max_stories=None):
     size = meta["val"]["bytes"]
     if max_stories and max_stories < meta["val"]["stories"]:
         tokens = tokens[:np.flatnonzero(tokens == meta["eot"])[max_stories] + 1]
-        size = sum(len(t) for t in load_tokenizer(dataset).decode_tokens_bytes(tokens[tokens != meta["eot"]].tolist()))
+        size = len(load_tokenizer(dataset).decode_bytes(tokens[tokens != meta["eot"]].tolist()))
     nats = float(score(model, tokens, meta["eot"]).sum(dtype=np.float64))
     return {"val_loss": nats / (len(tokens) - 1), "val_bpb": nats / size / math.log(2)}
 
@@ -152,11 +150,14 @@ def read_spans(dataset, most, by="skill"):
     """The first marked words of validation stories as probes, `most` of each skill or kind. With the word that
     follows, "jump" and "jumped" both cost what it takes to end there."""
     found = defaultdict(list)
-    labelled = os.path.exists(os.path.join("data", dataset, "val.skills.bin"))
-    before = instruction({}) if labelled and load_meta(dataset)["instruct"] else ""
-    for path, _ in find_files(os.path.join("data", dataset)) if labelled else ():
-        for record in read_records(path) if path.endswith(".jsonl") else ():
-            for span in record.get("spans") or () if record.get("split") == "val" else ():
+    if not os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
+        return []
+    meta = load_meta(dataset)
+    before = instruction({}) if meta["instruct"] else ""
+    for source in meta["source"]:
+        path, split = source["file"], source["split"]
+        for record in read_records(path) if path.endswith(".jsonl") and os.path.exists(path) else ():
+            for span in record.get("spans") or () if str(split or record.get("split"))[:3] == "val" else ():
                 kind = span.get("kind", span["skill"]) + (f", depth {span['depth']:2}" if "depth" in span else "")
                 if len(some := found[kind if by == "kind" else span["skill"]]) < most:
                     story, begin, end = record["story"], span["start"], span["end"]
@@ -243,10 +244,11 @@ def complete(subject, prompts, max_tokens, each=1, title="completing"):
     max_tokens has ended by itself. Number i of them all draws from seed i + 1."""
     eot, found = subject.encoding.eot_token, {}
     ids = [[eot] + subject.encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(each)]
-    length = lambda i: len(ids[i])
-    same = [list(some) for _, some in groupby(sorted(range(len(ids)), key=length), length)]  # go into one batch
-    for rows in tqdm([some[i:i + 50] for some in same for i in range(0, len(some), 50)], desc=title, leave=False,
-                     disable=None):
+    alike = defaultdict(list)  # prompts of equal length go into one batch
+    for i, row in enumerate(ids):
+        alike[len(row)].append(i)
+    batches = [some[i:i + 50] for some in alike.values() for i in range(0, len(some), 50)]
+    for rows in tqdm(batches, desc=title, leave=False, disable=None):
         tokens = generate(subject.model, [ids[i] for i in rows], max_tokens, [i + 1 for i in rows], eot)
         for i, row in zip(rows, torch.stack(list(tokens), 1).tolist()):
             found[i] = row[:row.index(eot)] if eot in row else row
@@ -270,14 +272,6 @@ def samples(subject, prompts, args, again=True):
         np.array(tokens, "<u2").tofile(path + ".tmp")
         os.replace(path + ".tmp", path)
     return found
-
-
-def words_of(text):
-    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
-
-
-def runs_of(words, n):
-    return list(zip(*(words[i:] for i in range(n))))
 
 
 def completions(subject, prompts, args):
@@ -484,7 +478,8 @@ def load_published(name, device, args):
 
 def load(name, device, args):
     """What is graded: model, encoding, the tokenizer's hash, datasets, what the model expects before a story, kept
-    checkpoints, the time of the last, what to tell about it, and path(file), which says where a file about it goes."""
+    checkpoints, the time of the last, what to tell about it, its settings but for the seed, and path(file), which
+    says where a file about it goes."""
     folder, prefix, kept = name, "", []
     if name.startswith("hf:"):
         model, encoding = load_published(name[3:], device, args)
@@ -492,12 +487,13 @@ def load(name, device, args):
         folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
         os.makedirs(folder, exist_ok=True)
     else:
-        model, checkpoint = load_model(name, device)
+        model, checkpoint = load_model(name, device, args.context)
         if name.endswith(".pt"):  # out/a/ckpt-0000064.pt: its files are out/a/ckpt-0000064.eval.json and so on
             folder, prefix, when = os.path.dirname(name), os.path.basename(name)[:-2], os.path.getmtime(name)
         else:
             when = os.path.getmtime(os.path.join(name, "ckpt.pt"))
             kept = sorted(glob.glob(os.path.join(glob.escape(name), "ckpt-*.pt")))
+        prefix += f"context{args.context}." if args.context else ""
         encoding = make_encoding(load_ranks(folder))
         if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
             sys.exit(f"{folder}/tokenizer.tiktoken is not the one of this model: copy it from its dataset")
@@ -505,110 +501,12 @@ def load(name, device, args):
     instructed = any(load_meta(d)["instruct"] for d in checkpoint.get("datasets", ()) if os.path.exists(f"data/{d}"))
     about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
              "context": model.config.block_size, "step": checkpoint.get("step")}
+    settings = {k: v for k, v in checkpoint.get("args", {"of": name}).items() if k not in ("seed", "out_dir", "resume")}
+    settings["init_from"] = settings.get("init_from", "").rstrip("0123456789")  # out/warm-1 and out/warm-2 are alike
     return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], datasets=datasets,
                            before=instruction({}) if instructed else "", kept=kept, time=when, about=about,
-                           folder=folder, path=lambda file: os.path.join(folder, prefix + file))
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# corpora
-
-
-def describe(path):
-    """{figure: text} of a file of stories: how many, how alike, and what their records say of them."""
-    from generate import missing  # which knows the inflections
-    n, seen, runs, grams = Counter(), set(), {}, [set() for _ in range(4)]
-    vocabulary, plain, starts, openings, capitals, features, skills = (Counter() for _ in range(7))
-    for record in read_records(path):
-        story, asked = record["story"], record.get("words") or []
-        found = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", story)
-        small = [word.lower() for word in found]
-        # of all runs of eight words one in sixteen is kept, the same ones in every story
-        kept = [run for run in (zlib.crc32(" ".join(some).encode()) for some in runs_of(small, 8)) if run % 16 == 0]
-        shared = Counter(runs[run] for run in kept if run in runs).most_common(1)
-        key = fingerprint(story)
-        if n["gram words"] < 100_000:
-            for i in range(4):
-                grams[i].update(runs_of(small, i + 1))
-            n["gram words"] += len(small)
-        n.update({"copies": key in seen, "near": bool(shared) and shared[0][1] > len(kept) / 2, "words": len(found),
-                  "once": "Once upon a time" in story, "asked": len(asked), "missing": len(missing(asked, story))})
-        for run in kept:
-            runs.setdefault(run, n["stories"])
-        n["stories"] += 1
-        seen.add(key)
-        vocabulary.update(small)
-        plain.update(word for word in found if word.islower())
-        openings[re.split(r"(?<=[.!?])[\"”]?\s", story.strip(), maxsplit=1)[0]] += 1
-        starts[" ".join(found[:4])] += 1
-        capitals.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", story)))
-        features.update(record.get("features") or ())
-        skills.update(span["skill"] for span in record.get("spans") or ())
-    if not n["stories"]:
-        sys.exit(f"{path} holds no story")
-    def share(count):
-        return f"{100 * count / n['stories']:.2f} %"
-    names = [(name, count) for name, count in capitals.most_common() if plain[name.lower()] < count / 10][:3]
-    figures = {"stories": f"{n['stories']:,}", "words a story": f"{n['words'] / n['stories']:.0f}",
-               "distinct words": f"{len(vocabulary):,}", "exact copies": share(n["copies"]),
-               "near-copies": share(n["near"]), "most common first sentence": share(openings.most_common(1)[0][1])}
-    figures.update({f"opening {i}": f"{a} {share(m)}" for i, (a, m) in enumerate(starts.most_common(3), 1)})
-    figures["with Once upon a time"] = share(n["once"])
-    figures.update({f"name {i}": f"{name} {share(m)}" for i, (name, m) in enumerate(names, 1)})
-    figures.update({f"distinct {i}-grams per 100,000 words": f"{len(some) * 1e5 / n['gram words']:,.0f}"
-                    for i, some in enumerate(grams, 1)})
-    if n["asked"]:
-        figures["requested words used"] = f"{100 - 100 * n['missing'] / n['asked']:.1f} %"
-    figures.update({f"feature {name}": share(m) for name, m in sorted(features.items())})
-    figures.update({f"{skill} words per 100 words": f"{100 * m / n['words']:.2f}" for skill, m in skills.items()})
-    return figures
-
-
-def compare_stories(paths):
-    """Print what `describe` finds, a column a file."""
-    for path in paths:
-        if not os.path.isfile(path):
-            sys.exit(f"no file {path}: name .jsonl or .txt files of stories")
-    columns = [describe(path) for path in paths]
-    print_table([["", *paths]] + [[name, *(column.get(name, "–") for column in columns)]
-                                  for name in dict.fromkeys(name for column in columns for name in column)])
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# the page that compares runs
-
-
-def compare(results, folders):
-    """The page: charts of skill and loss against size, step, tokens and minutes, and the table."""
-    charts, size, logs = [], "parameters without embedding and head", {}
-    titles = dict.fromkeys(title for result in results.values() for title in result)
-
-    def by_size(title, figure):
-        return [(result["model"]["parameters"], value[1], value[0], value[2]) for result in results.values()
-                if (value := result.get(title, {}).get(figure))]
-
-    for title in titles:
-        if title.startswith(("probes", "spans")):
-            skills = dict.fromkeys(name for result in results.values() for name in result.get(title, ())
-                                   if not re.search("[,:]", name))
-            charts.append(chart(f"{title}: skill against size", size, "share passed",
-                                {skill: by_size(title, skill) for skill in skills}, log_x=True))
-    for name, result in results.items():
-        for title, series in result.get("steps", {}).items():
-            charts.append(chart(f"{name}, {title}: skill against step", "step", "share passed", series, log_x=True))
-        if os.path.exists(log := os.path.join(folders[name], "log.jsonl")):
-            with open(log) as f:
-                logs[name] = [record for record in map(json.loads, f) if "val_bpb" in record]
-    for label, key, unit in (("tokens", "tokens", 1), ("minutes", "seconds", 60)):
-        charts.append(chart(f"bits per byte against {label}", label, "val_bpb", {
-            name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}, log_x=True))
-    charts.append(chart("bits per byte against size", size, "val_bpb", {
-        title: by_size(title, "val_bpb") for title in titles if title.startswith("loss")}, log_x=True))
-    rows = ["<tr>" + (f"<th colspan={1 + len(results)}>{escape(row[0])}" if len(row) == 1 else
-                      "".join(f"<td>{escape(text)}" for text in row)) for row in table(results)]
-    return page("Models compared", '<div class="charts">\n' + "".join(charts) + '</div>\n<div class="scroll"><table>\n'
-                + "\n".join(rows) + "\n</table></div>\n<p>In brackets: 95 % intervals, bootstrapped over stories, "
-                "probes or prompts.</p>")
+                           settings=json.dumps([prefix, settings]), folder=folder,
+                           path=lambda file: os.path.join(folder, prefix + file))
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -689,6 +587,8 @@ def main(argv=None):
     parser.option("max_cost", math.inf, "stop before this command has cost more dollars")
     parser.option("concurrency", 16, "questions under way at a time")
     parser.option("tokenizer", "", "of hf: models that come without one: the name of another")
+    parser.option("context", 0, "tokens that a run sees at once (0: as many as in training); writes context<n>.eval.json")
+    parser.option("seeds", False, "show runs that differ in their seed alone as one: mean, lowest and highest")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.stories:
@@ -700,12 +600,12 @@ def main(argv=None):
         sys.exit("who shall judge? --judge=gpt-4o-mini for one")
     if args.max_cost < math.inf and not args.price_in + args.price_out:
         sys.exit("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
-    if min(args.each, args.max_tokens, args.concurrency, args.spans) < 1:
-        sys.exit("--each, --max_tokens, --concurrency and --spans must be at least 1")
+    if min(args.each, args.max_tokens, args.concurrency, args.spans) < 1 or args.context < 0 or args.context == 1:
+        sys.exit("--each, --max_tokens, --concurrency and --spans must be at least 1, and --context 2")
     probes = read_list("probes", args.probes, lambda item: {"skill", "kind", "prompt", "right", "wrong"} <= set(item))
     prompts = read_list("prompts", args.prompts, lambda item: isinstance(item, str))
     device, _ = pick_device(args.device, "float32")
-    results, folders = {}, {}
+    results, folders, settings = {}, {}, {}
     for name in args.runs or [find_run()]:
         subject = load(name, device, args)
         path, result = subject.path("eval.json"), {}
@@ -716,11 +616,14 @@ def main(argv=None):
         for title, figures in sections(subject, wanted, probes, prompts, device, args):
             result[title] = figures
             write_whole(path, json.dumps(result, indent=1))
-        results[name], folders[name] = result, subject.folder
+        results[name], folders[name], settings[name] = result, subject.folder, subject.settings
+    brackets = "95 % intervals, bootstrapped over stories, probes or prompts"
+    if args.seeds:
+        results, brackets = over_seeds(results, settings), "the lowest and the highest over seeds"
     print_table(table(results))
     if len(results) > 1:
         os.makedirs("out", exist_ok=True)
-        write_whole(os.path.join("out", "compare.html"), compare(results, folders))
+        write_whole(os.path.join("out", "compare.html"), compare(results, folders, brackets))
         print("charts: out/compare.html")
 
 

@@ -12,7 +12,6 @@ import re
 import sys
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
-from html import escape
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,9 +22,10 @@ from tqdm import tqdm
 
 import model as architecture
 from eval import HERE, passes, read_spans, score
-from model import GPT, alibi_slopes, find_run, load_model, norm, pick_device
+from interpret_page import inside
+from model import GPT, find_run, load_model, norm, pick_device
 from prepare import SKILLS, Parser, load_meta, load_tokenizer, load_tokens, start
-from report import chart, page, write_whole
+from report import write_whole
 from world import LISTS, VOCABULARY, forms_of
 
 FAR = 64          # what attention owes to distance is measured over so many, from positions with as many behind them
@@ -272,6 +272,27 @@ def head_type(head):
     return "mixed"
 
 
+TELLING = {"distance": "the most by distance", "words": "the most by words", "loss rise": "costs most when silenced",
+           "own noun / share": "articles look at their noun", "main character / share": "looks at the main character"}
+
+
+def study_maps(model, stories, heads, T=40):
+    """[{layer, head, why, words, attention}]: some telling heads on the beginning of the story that names its main
+    character most; words (T), attention (T, T): row i looks at column j."""
+    named = ((stories.role == 1) | (stories.role == 2))[:, :T].sum(1)
+    row = int((named * stories.real[:, 1:T].all(1)).argmax())
+    words = [piece.strip(" ").replace("\n", "¶")[:10] for piece in ["start", *stories.pieces[row][1:T]]]
+    with torch.inference_mode(), watch_attention() as seen:
+        model(stories.idx[row:row + 1, :len(words)])
+    chosen = defaultdict(list)
+    for figure, why in TELLING.items():
+        best = max(heads, key=lambda head: head[figure])
+        chosen[best["layer"], best["head"]].append(why)
+    return [{"layer": layer, "head": head, "why": ", ".join(why), "words": words,
+             "attention": [[round(p, 3) for p in row] for row in seen[layer][0, head].softmax(-1).tolist()]}
+            for (layer, head), why in chosen.items()]
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # neurons
 
@@ -418,207 +439,10 @@ def study_skills(model, dataset, encoding):
         probes = [{**p, "right": p["right"][:1], "wrong": p["wrong"][:1]} for some in by_skill for p in some]
     skill = np.array([p["skill"] for p in probes])
     passed = without_each(model, lambda: passes(model, encoding, probes, "skills"), "silencing, by skill")
-    return source, [{"layer": cut and cut[0], "head": cut and cut[1],
-                     **{name: float(right[skill == name].mean()) for name in SKILLS if name in skill}}
-                    for cut, right in passed.items()], \
-        study_lens(model, encoding, [p for p in exclusions if p["kind"] == "exclusion"])
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# the page
-
-EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit }
-.note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem }
-.neuron { margin: .6rem 0; overflow-wrap: anywhere }
-.neuron q { display: block; quotes: none; padding-left: 1rem } th { vertical-align: bottom }
-input { font: inherit; padding: .3rem } .charts figure { max-width: 36rem }
-.map svg { min-width: 30rem } .map rect { fill: var(--c0) }
-.map g:hover rect { stroke: var(--c1); stroke-width: 2 }</style>"""
-SEARCH = """<p><label>Search for a word: <input id="find" type="search"></label> <span id="count"></span></p>
-<div id="found" class="charts"></div><script>
-const neurons = JSON.parse(document.getElementById("neurons").textContent)
-const make = (tag, ...inside) => { const e = document.createElement(tag); e.append(...inside); return e }
-document.getElementById("find").oninput = ({ target }) => {
-  const word = target.value.trim().toLowerCase()
-  const hits = neurons.filter(([name, texts]) => word && texts.some(t => t[1].toLowerCase().includes(word)))
-  document.getElementById("count").textContent = word && `${hits.length} of ${neurons.length}`
-  document.getElementById("found").replaceChildren(...hits.slice(0, 30).map(([name, texts]) => {
-    const quotes = texts.map(([before, at, after]) => make("q", before, make("mark", at), after))
-    return Object.assign(make("div", make("b", name), ...quotes), { className: "neuron" })
-  }))
-}</script>"""
-
-
-def name_of(x):
-    return "\u00a0".join(f"{part}\u00a0{x[part]}" for part in ("layer", "head", "neuron") if x.get(part) is not None)
-
-
-def table(header, rows, shade=lambda row, column: 0):
-    """HTML of a table: text is escaped, numbers get three digits; shade: how red a cell is, from 0 to 1."""
-    def cell(tag, value, red=0):
-        text = value if isinstance(value, str) else "–" if value is None else f"{value:.3g}"
-        style = f" style=\"background: color-mix(in srgb, var(--c6) {100 * red:.0f}%, transparent)\"" * bool(red > 0)
-        return f"<{tag}{style}>{escape(text)}</{tag}>"
-    lines = ["".join(cell("th", name) for name in header)]
-    lines += ["".join(cell("td", value, shade(i, j)) for j, value in enumerate(row)) for i, row in enumerate(rows)]
-    return "<div class=\"scroll\"><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>\n"
-
-
-TELLING = {"distance": "the most by distance", "words": "the most by words", "loss rise": "costs most when silenced",
-           "own noun / share": "articles look at their noun", "main character / share": "looks at the main character"}
-
-
-def draw_maps(model, stories, heads, T=40):
-    """HTML of the attention of some telling heads on the beginning of the story that names its main character most."""
-    named = ((stories.role == 1) | (stories.role == 2))[:, :T].sum(1)
-    row = int((named * stories.real[:, 1:T].all(1)).argmax())
-    labels = [escape(piece.strip(" ").replace("\n", "¶")[:10]) for piece in ["start", *stories.pieces[row][1:T]]]
-    with torch.inference_mode(), watch_attention() as seen:
-        model(stories.idx[row:row + 1, :len(labels)])
-    chosen, out, size = defaultdict(list), [], 80 + 13 * len(labels)
-    for figure, why in TELLING.items():
-        best = max(heads, key=lambda head: head[figure])
-        chosen[best["layer"], best["head"]].append(why)
-    for (layer, head), why in chosen.items():
-        svg = [f"<text x=\"66\" y=\"{85 + 13 * i}\" text-anchor=\"end\">{label}</text><text transform=\""
-               f"translate({79 + 13 * i} 70) rotate(-60)\">{label}</text>" for i, label in enumerate(labels)]
-        for i, row in enumerate(seen[layer][0, head].softmax(-1).tolist()):
-            svg += [f"<g><title>{labels[i]} → {labels[j]}: {p:.2f}</title><rect width=\"12\" height=\"12\" "
-                    f"x=\"{70 + 13 * j}\" y=\"{76 + 13 * i}\" opacity=\"{p**.5:.2f}\"/></g>"
-                    for j, p in enumerate(row) if p >= 0.01]
-        out.append(f"<figure><figcaption>layer {layer} head {head}: {', '.join(why)}</figcaption>"
-                   f"<div class=\"scroll map\"><svg viewBox=\"0 0 {size + 20} {size}\" font-size=\"10\">"
-                   f"{''.join(svg)}</svg></div></figure>")
-    return f"<div class=\"charts\">{''.join(out)}</div>"
-
-
-def show_heads(r, maps):
-    heads, types = r["heads"], Counter(h["type"] for h in r["heads"])
-    series = {kind: [h for h in heads if h["type"] == kind] for kind in ("distance", "semantic", "mixed")}
-    series["untrained"] = r["untrained heads"]
-    point = lambda h: (h["distance"], h["words"])
-    dots = chart("Every head: by distance, or by words?", "share explained by distance", "share explained by words",
-                 {name: list(map(point, some)) for name, some in series.items()}, lines=False)
-    names = iter([name_of(h) for some in series.values() for h in sorted(some, key=point)])  # as chart() draws them
-    dots = re.sub("<title>", lambda _: f"<title>{next(names)}, ", dots)
-    ranges = sorted(series["distance"], key=lambda h: -h["decay"])
-    rates = chart("How fast distance heads forget", "the steepest distance head first", "log2 of the decay a token", {
-        "learned": [(i, math.log2(max(h["decay"], 2**-12))) for i, h in enumerate(ranges, 1)],
-        "ALiBi's slopes": [(i, math.log2(m)) for i, m in enumerate(alibi_slopes(len(ranges)).tolist(), 1)]})
-    profiles = chart("Attention against distance", "tokens back", "log-attention, above its mean", {
-        f"{name_of(h)}: {h['decay']:.3f}": list(enumerate(h["profile"])) for h in ranges[::len(ranges) // 6 + 1]})
-    shares = [name + " / share" for name in ("main character", "nouns", "own noun", "same token", "induction")]
-    figures = ["type", "distance", "words", "loss rise", "decay", "peak", "mean distance", "entropy", "start",
-               "previous token", *shares]
-    noun, hero = (max(heads, key=lambda h: h[name]) for name in ("own noun / share", "main character / share"))
-    return f"""<h2>Heads: by distance, or by words?</h2>
-<p class="lead">Of {len(heads)} heads {types["distance"]} look by distance, {types["semantic"]} by words,
-{types["mixed"]} are mixed (untrained: {sum(h["type"] == "mixed" for h in r["untrained heads"])} mixed). At <i>a</i>,
-<i>an</i> and <i>the</i>, {name_of(noun)} looks {noun["own noun / share"]:.1f} times as often as chance at the earlier
-mention of the noun to come; {name_of(hero)} looks {hero["main character / share"]:.1f} times as often as chance at
-the main character.</p><div class="charts">{dots}{profiles}{rates}</div>
-<p class="note"><b>Distance</b>: R² of the logarithm of a head's attention, each query's mean taken off, by how far
-back the key is, over the {len(heads[0]["profile"])} nearest keys. <b>Words</b>: R² by which token is looked at and
-which kind of word looks. Both with means from the other half of the stories. A distance head: distance explains at
-least {LEAST}, and at least {TIMES} times what words do; a semantic one the other way round; all others are mixed.
-Decay: the fall of log-attention a token, from its peak on. ALiBi's slopes: 2^(-8h/H), for as many heads.</p>
-<h3>Maps</h3><p>A row reads and looks at the columns: the stronger the color, the more. Hover for values.</p>{maps}
-<h3>Every head</h3>{table(["", *figures], [[name_of(h), *(h[name] for name in figures)] for h in heads])}
-<p class="note">“/ share”: attention over the share in the text so far, so that 1 is indifference, of the main
-character's name (the one most often within the story's sentences), of nouns, of an article's own noun (earlier
-mentions of the one to come), of the same token, of what followed the same token (induction); without the start
-(&lt;|endoftext|&gt;). Entropy in nats. Loss rise: nats a token more with the head silenced, over {r["silenced on"]}
-stories, where the whole model has {r["loss"]:.3f}.</p>"""
-
-
-def show_neurons(r, limit=2_500_000):
-    shares, entries, few = r["shares"], [], defaultdict(list)
-    title = lambda n: f"{name_of(n)}: {n['kind']} {n['distinct']:.0%}"
-    show = lambda n: f"<div class=\"neuron\"><b>{title(n)}</b>" + "".join(
-        f"<q>{escape(a)}<mark>{escape(b)}</mark>{escape(c)}</q>" for a, b, c in n["excerpts"]) + "</div>"
-    active = [n for n in r["neurons"] if n["excess"] > -1]
-    for n in active:
-        few[n["kind"]].append(n)
-        entry = json.dumps([title(n), n["excerpts"]], ensure_ascii=False).replace("<", "\\u003c")
-        limit -= len(entry.encode())
-        entries += [entry] * (limit > 0)
-    spread = chart("How alike are the tokens that excite a neuron?", "share of the commonest kind", "% of neurons",
-                   {name: [(i / TOP, 100 * y) for i, y in enumerate(x["spread"])] for name, x in shares.items()})
-    layers = chart("By layer", "layer", "mean", {name: list(enumerate(x["layers"])) for name, x in shares.items()})
-    names = ["distinct", "any", "token", "idle"]
-    return f"""<h2>Neurons: what excites them?</h2>
-<p class="lead">Of the {TOP} distinct tokens that excite a neuron most, the commonest kind of word has
-{shares["trained"]["distinct"]:.0%} (shuffled {shares["shuffled"]["distinct"]:.0%}, untrained
-{shares["untrained"]["distinct"]:.0%}).</p><div class="charts">{spread}{layers}</div>
-{table(["means over neurons", *names], [[name, *(x[n] for n in names)] for name, x in shares.items()])}
-<p class="note">Distinct: the share above; the kinds are {", ".join(KINDS)}. Any, token: at the {TOP} places that
-excite a neuron most, the share of the commonest kind and of the commonest token. Idle: fewer than {TOP} tokens excite
-it; left out. Controls: the same activations given to random places; a model with weights drawn anew, which answers to
-few tokens, but not of a kind.</p>
-<h3>The most selective</h3><p>The first four of each kind; the place of excitement is marked.</p>
-<div class="charts">{"".join(show(n) for some in few.values() for n in some[:4])}</div>
-<script id="neurons" type="application/json">[{",".join(entries)}]</script>{SEARCH}
-<p class="note">Searched are the {len(entries):,} most selective of {len(active):,}; interpret.json has all.</p>
-<h2>A neuron for the main character?</h2>""" + show_hero(r, show)
-
-
-def show_hero(r, show):
-    if not r["main character"]:
-        return "<p>Too few of these stories name one.</p>"
-    best, silenced = r["main character"][0], r["main character silenced"]
-    rows = [[name_of(h), h["later"], h["capital"]] for h in r["main character"][:5]]
-    rows += [["the untrained model's best", *(r["untrained main character"][name] for name in ("later", "capital"))]]
-    cells = {(n["layer"], n["neuron"]): show(n) for n in r["neurons"]}
-    return f"""
-<p class="lead">{name_of(best)} is more excited by the first mention of the main character than by a later one in
-{best["later"]:.0%} of pairs. With it silenced, later mentions cost {silenced["the best"][0]:+.3f} nats.</p>
-<div class="charts">{"".join(cells[h["layer"], h["neuron"]] for h in r["main character"][:2])}</div>
-{table(["area under the curve: first mention against", "later mentions", "other capitalised words"], rows)}
-{table(["silenced: nats more", "at later mentions", "elsewhere", "at later mentions, if silenced at the first alone"],
-       [[name, *values] for name, values in silenced.items()])}
-<p class="note">The area is 0.5 by chance. The best are chosen on one half of the stories, and measured on the
-other.</p>"""
-
-
-def show_skills(r):
-    (whole, *cuts), lens = r["skills"], r["lens"]
-    names = [name for name in SKILLS if name in whole]
-    heads = [x for x in cuts if x["head"] is not None]
-    heads = sorted(heads, key=lambda x: min(x[name] - whole[name] for name in names))[:10]
-    some = [whole] + [x for x in cuts if x["head"] is None] + heads
-    rows = [[name_of(x) or "nothing", *(f"{x[name]:.0%}" for name in names)] for x in some]
-    lines = {"mean": np.mean([x["lead"] for x in lens], 0).tolist()} if lens else {}
-    lines |= {f"… {x['text'][-20:]} ({x['right'].strip()})": x["lead"] for x in lens[:5]}
-    drawn = chart("Exclusion: when does the right word overtake?", "after so many layers", "nats by which it leads",
-                  {name: list(enumerate(lead)) for name, lead in lines.items()})
-    after = lambda lead: next((str(i) for i in range(len(lead)) if min(lead[i:]) > 0), "never")
-    return f"""<h2>Where a skill lives</h2><p>Share of words where the model finds the right one likelier than a
-tempting wrong one, on {r["measured on"]}; red where silencing lowers it.</p>
-{table(["silenced", *names], rows, lambda i, j: 2 * (whole[names[j - 1]] - some[i][names[j - 1]]) if j else 0)}
-<p class="note">All layers, and the ten heads that some skill misses most; with so few words, 10 % may be chance.</p>
-<div class="charts">{drawn}</div>{table(["the story so far", "right", "tempting", "leads for good after layers"],
-      [["… " + x["text"][-90:], x["right"], x["wrong"], after(x["lead"])] for x in lens[:8]])}
-<p class="note">The model's head reads the state between the layers (logit lens). At the end the right word leads in
-{sum(x["lead"][-1] > 0 for x in lens)} of {len(lens)} exclusions.</p>"""
-
-
-def compare(results):
-    """HTML of several runs in a table and charts."""
-    rows, points = [], defaultdict(list)
-    for r in results:
-        pure = [sum(h["type"] != "mixed" for h in r[key]) / len(r[key]) for key in ("heads", "untrained heads")]
-        alike = [r["shares"][name]["distinct"] for name in ("trained", "untrained")]
-        hero = [x and x["later"] for x in ([*r["main character"], None][0], r["untrained main character"])]
-        names = [a + b for a in ("heads not mixed", "a neuron's commonest kind", "main character")
-                 for b in ("", ", untrained")]
-        rows.append([r["run"], "{n_layer} × {n_embd}, {n_head} heads".format(**r["config"]), r["dataset"], r["loss"],
-                     *pure, *alike, *hero])
-        for name, value in zip(names, pure + alike):
-            points[name].append((r["parameters"], r["config"]["n_layer"], value))
-    charts = [chart(f"Against {what}", what, "share", {name: [(p[i], p[2]) for p in x] for name, x in points.items()},
-                    log_x=not i, lines=False) for i, what in enumerate(("parameters", "layers"))]
-    return (f"<h2>Runs compared</h2>{table(['run', 'layers × width', 'stories', 'loss', *names], rows)}"
-            f"<div class=\"charts\">{''.join(charts)}</div>")
+    rows = [{"layer": cut and cut[0], "head": cut and cut[1],
+             **{name: float(right[skill == name].mean()) for name in SKILLS if name in skill}}
+            for cut, right in passed.items()]
+    return source, rows, study_lens(model, encoding, [p for p in exclusions if p["kind"] == "exclusion"])
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -626,7 +450,7 @@ def compare(results):
 
 
 def study(run, args, device):
-    """(every number of a run as plain values, HTML of attention maps)."""
+    """Every number of a run, as plain values: what interpret.json holds, and the page is made of."""
     model, checkpoint = load_model(run, device)
     dataset = args.dataset or checkpoint["datasets"][0]
     meta, encoding, tokens, c = load_meta(dataset), load_tokenizer(dataset), load_tokens(dataset, "val"), model.config
@@ -659,8 +483,9 @@ def study(run, args, device):
             "shares": {"trained": sum_up(trained), "shuffled": sum_up(shuffled), "untrained": sum_up(plain)},
             "main character": heroes[:20], "untrained main character": [*plain_heroes, None][0],
             "main character silenced": dict(zip(groups, loss_without_neurons(model, stories, list(groups.values())))),
-            "measured on": source, "skills": skills, "lens": lens,
-            "neurons": list_neurons(trained, shuffled, stories)}, draw_maps(model, stories, heads)
+            "measured on": source, "skills": skills, "lens": lens, "maps": study_maps(model, stories, heads),
+            "neurons": list_neurons(trained, shuffled, stories), "top": TOP, "kinds": KINDS,
+            "thresholds": {"least": LEAST, "times": TIMES}}
 
 
 def main(argv=None):
@@ -675,15 +500,10 @@ def main(argv=None):
         sys.exit(f"--stories={args.stories} are too few: take 10 at least")
     device, _ = pick_device(args.device, "float32")
     found = [study(run, args, device) for run in args.runs or [find_run()]]
-    compared = compare([r for r, _ in found]) if len(found) > 1 else ""
-    for r, maps in found:
-        shape = "{n_layer} layers of {n_embd} channels and {n_head} heads".format(**r["config"])
-        intro = (f"{EXTRA}<p>{shape}, counted from 0; {r['parameters']:,} parameters; "
-                 f"{r['stories']} validation stories of {escape(r['dataset'])}.</p>")
+    for r in found:
         folder = os.path.dirname(r["run"]) if r["run"].endswith(".pt") else r["run"]
-        body = intro + compared + show_heads(r, maps) + show_neurons(r) + show_skills(r)
         write_whole(os.path.join(folder, "interpret.json"), json.dumps(r, ensure_ascii=False))
-        write_whole(os.path.join(folder, "interpret.html"), page(f"Inside {r['run']}", body))
+        write_whole(os.path.join(folder, "interpret.html"), inside(r, found))
         print(f"{folder}/interpret.html and interpret.json are written")
 
 

@@ -23,6 +23,7 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     pos: str = "rope"  # rope, alibi, learned or none
+    smear: bool = True  # every token also shows the one before it
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -116,7 +117,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer: pre-norm, QK-norm, squared-ReLU MLP, no biases, untied head that starts at zero."""
+    """Decoder-only transformer: pre-norm, QK-norm, squared-ReLU MLP, no biases, untied head that starts at zero.
+
+    Smear (after modded-nanogpt) adds to each token's embedding a learned share of the one before, channel by channel.
+    Knowing what stood before each earlier token, one layer can already look up what followed (an induction head)."""
 
     def __init__(self, config):
         super().__init__()
@@ -124,6 +128,8 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.smear:
+            self.smear = nn.Parameter(torch.empty(config.n_embd))
         if config.pos == "learned":
             self.pos_embed = nn.Embedding(config.block_size, config.n_embd)
         elif config.pos == "rope":
@@ -135,6 +141,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("proj.weight") or name == "head.weight":
                 nn.init.zeros_(p)  # every block starts as the identity, and every token as equally likely
+            elif name == "smear":
+                nn.init.constant_(p, 0.5)
             else:
                 nn.init.normal_(p, std=0.1 if "embed" in name else config.n_embd ** -0.5)
 
@@ -160,6 +168,12 @@ class GPT(nn.Module):
         if self.config.pos == "learned":
             x = x + self.pos_embed.weight[start:start + T]
         x = norm(x)
+        if self.config.smear:  # a key then tells what stood before it, which else a whole layer would have to copy
+            before = cache.last if start else torch.zeros_like(x[:, :1])
+            before = torch.cat((before, x[:, :-1]), 1)  # (B, T, C)
+            if cache:
+                cache.last = x[:, -1:]
+            x = norm(x + self.smear * before)
         rope = (self.cos[start:start + T], self.sin[start:start + T]) if self.config.pos == "rope" else None
         mask = self.mask(T, start, idx.device)
         for i, block in enumerate(self.blocks):
@@ -173,9 +187,8 @@ class GPT(nn.Module):
         return nats.view_as(targets)
 
     def num_params(self, embedding=True):
-        """Number of weights, with or without those of the token and position embeddings and of the head."""
-        tables = ("embed.weight", "pos_embed.weight", "head.weight")
-        return sum(p.numel() for name, p in self.named_parameters() if embedding or name not in tables)
+        """Number of weights, with or without those of the token and position embeddings, smear and the head."""
+        return sum(p.numel() for name, p in self.named_parameters() if embedding or name.startswith("blocks."))
 
     def flops_per_token(self):
         """Training FLOPs per token: 6 per weight of a matrix product (Kaplan et al. 2020, arXiv 2001.08361), and per
@@ -186,13 +199,14 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """The keys and values of every layer, (n_layer, 2, B, H, block_size, D), of which `length` positions are filled."""
+    """The keys and values of every layer, (n_layer, 2, B, H, block_size, D), of which `length` positions are filled;
+    `last`, the embedding of the last token, for smear."""
 
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
         self.kv = torch.zeros(c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head,
                               dtype=weight.dtype, device=weight.device)
-        self.length = 0
+        self.length, self.last = 0, None
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -236,9 +250,13 @@ def load_checkpoint(path, device="cpu"):
         sys.exit(f"{path} cannot be read ({e.__class__.__name__}), it may be cut off or be no checkpoint: train again")
 
 
-def load_model(path, device="cpu"):
-    """(model in float32, checkpoint) of a run's folder or a checkpoint file."""
+def load_model(path, device="cpu", block_size=0):
+    """(model in float32, checkpoint) of a run's folder or a checkpoint file; with another context, if one is given."""
     checkpoint = load_checkpoint(path, device)
-    model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
+    config = GPTConfig(**checkpoint["model_config"])
+    if block_size and config.pos == "learned" and block_size != config.block_size:
+        sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens, and for no other")
+    config.block_size = block_size or config.block_size
+    model = GPT(config).to(device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint

@@ -9,6 +9,7 @@ last), tokenizer.tiktoken and meta.json. Whoever reads them does so through load
 import argparse
 import base64
 import difflib
+import glob
 import hashlib
 import heapq
 import http.client
@@ -152,9 +153,12 @@ def download(url, path, retries=5, wait=1.0):
 def find_files(source):
     """[(path, "train", "val" or None)] of a file, or of a folder: of its stories.jsonl, else its .txt and .jsonl."""
     own = os.path.join(source, "stories.jsonl")
-    paths = [source] if os.path.isfile(source) else [own] if os.path.exists(own) else sorted(
-        os.path.join(source, name) for name in (os.listdir(source) if os.path.isdir(source) else ())
-        if name.endswith((".txt", ".jsonl")))
+    if os.path.isfile(source):
+        paths = [source]
+    elif os.path.exists(own):
+        paths = [own]
+    else:
+        paths = sorted(path for end in ("txt", "jsonl") for path in glob.glob(f"{glob.escape(source)}/*.{end}"))
     named = [re.search(r"(?:^|[-_.])(train|valid|val)\.\w+$", os.path.basename(path)) for path in paths]
     return [(path, match and SPLITS[match[1][:3]]) for path, match in zip(paths, named)]
 
@@ -178,8 +182,10 @@ def parse(path, content):
         for record in records:
             record["story"].encode()  # half a surrogate pair, which JSON can hold, is no text
         return records
-    *stories, rest = text.replace("\r\n", "\n").split(EOT)
-    return [{"story": story.strip()} for story in stories + [rest] * bool(rest.strip())]
+    stories = text.replace("\r\n", "\n").split(EOT)
+    if not stories[-1].strip():
+        stories.pop()
+    return [{"story": story.strip()} for story in stories]
 
 
 def read_block(path, start, end):
@@ -449,7 +455,7 @@ def encode(block, fates):
         if split == "val":
             labels += bytes(2) + label_tokens(story, tokens, spans).tobytes()
         sums.update(stories=1, tokens=1 + len(tokens), bytes=len(story.encode()), labels=len(spans),
-                    bits=record.get("bits", math.nan))
+                    bits=math.nan if settings.instruct else record.get("bits", math.nan))
     return found
 
 
@@ -530,7 +536,7 @@ def prepare(args):
             meta[split]["bits_per_byte"] = sums[split]["bits"] / sums[split]["bytes"]
     meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage,
                          "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
-    meta["source"] = [{"file": os.path.basename(path), "bytes": os.path.getsize(path)} for path, _ in files]
+    meta["source"] = [{"file": path, "split": split, "bytes": os.path.getsize(path)} for path, split in files]
     meta["cleaning"] = counts
     meta["instruct"] = args.instruct and {"hold_out": args.hold_out}
     with open(f"{new}/meta.json", "w") as f:

@@ -1,6 +1,8 @@
 """What graded models are shown with: ratios with intervals, tables on the terminal, charts and pages of HTML."""
+import json
 import math
 import os
+import re
 from html import escape
 
 import numpy as np
@@ -29,6 +31,23 @@ def write_whole(path, text):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.write(text)
     os.replace(path + ".tmp", path)
+
+
+def over_seeds(results, settings):
+    """Results in which runs of equal settings, {run: text}, stand under the first one's name: each figure's mean, and
+    its lowest and highest value."""
+    def spread(values):
+        values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
+        return [sum(values) / len(values), min(values), max(values)] if values else None
+
+    merged = {}
+    for same in dict.fromkeys(settings.values()):
+        some = {name: results[name] for name in results if settings[name] == same}
+        first = next(iter(some))
+        merged[first] = {title: {name: spread([r.get(title, {}).get(name) for r in some.values()]) for name in figures}
+                         for title, figures in results[first].items() if title not in ("model", "steps")}
+        merged[first]["model"] = {**results[first]["model"], "runs": len(some)}
+    return merged
 
 
 def cell(name, value):
@@ -147,3 +166,36 @@ def chart(title, x_label, y_label, series, log_x=False, lines=True):
             out.append(f'<g stroke="{colour}" fill="{colour}"><title>{escape(name)}: {x:,g}, {y:.4g}</title>{bar}'
                        f'<circle cx="{x_of(x)}" cy="{y_of(y)}" r="2.5"/></g>')
     return "".join(out) + f'</svg><div class="legend">{" ".join(legend)}</div></figure>\n'
+
+
+def compare(results, folders, brackets):
+    """The page: charts of skill and loss against size, step, tokens and minutes, and the table, with a word on what
+    stands in brackets."""
+    charts, size, logs = [], "parameters without embedding and head", {}
+    titles = dict.fromkeys(title for result in results.values() for title in result)
+
+    def by_size(title, figure):
+        return [(result["model"]["parameters"], value[1], value[0], value[2]) for result in results.values()
+                if (value := result.get(title, {}).get(figure))]
+
+    for title in titles:
+        if title.startswith(("probes", "spans")):
+            skills = dict.fromkeys(name for result in results.values() for name in result.get(title, ())
+                                   if not re.search("[,:]", name))
+            charts.append(chart(f"{title}: skill against size", size, "share passed",
+                                {skill: by_size(title, skill) for skill in skills}, log_x=True))
+    for name, result in results.items():
+        for title, series in result.get("steps", {}).items():
+            charts.append(chart(f"{name}, {title}: skill against step", "step", "share passed", series, log_x=True))
+        if os.path.exists(log := os.path.join(folders[name], "log.jsonl")):
+            with open(log) as f:
+                logs[name] = [record for record in map(json.loads, f) if "val_bpb" in record]
+    for label, key, unit in (("tokens", "tokens", 1), ("minutes", "seconds", 60)):
+        charts.append(chart(f"bits per byte against {label}", label, "val_bpb", {
+            name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}, log_x=True))
+    charts.append(chart("bits per byte against size", size, "val_bpb", {
+        title: by_size(title, "val_bpb") for title in titles if title.startswith("loss")}, log_x=True))
+    rows = ["<tr>" + (f"<th colspan={1 + len(results)}>{escape(row[0])}" if len(row) == 1 else
+                      "".join(f"<td>{escape(text)}" for text in row)) for row in table(results)]
+    return page("Models compared", '<div class="charts">\n' + "".join(charts) + '</div>\n<div class="scroll"><table>\n'
+                + "\n".join(rows) + f"\n</table></div>\n<p>In brackets: {brackets}.</p>")

@@ -3,10 +3,11 @@
     python sample.py --prompt="Once upon a time"                         one story of the newest run, as it is written
     python sample.py --num_samples=8 --temperature=1                     eight at once
     python sample.py --interactive                                       talk to it
-    python sample.py --words="dog, run, red" --features="dialogue"       a model trained with prepare.py --instruct
+    python sample.py --words="run, dog, red" --features="dialogue"       a model trained with prepare.py --instruct
 """
 import os
 import sys
+from codecs import getincrementaldecoder
 
 import numpy as np
 import torch
@@ -62,26 +63,19 @@ def generate(model, ids, max_tokens, seeds, eot, **how):
 def tell(model, encoding, prompt, max_tokens, seeds, **how):
     """The stories, as lists of token ids without <|endoftext|>, that begin with `prompt`."""
     ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
-    tokens = list(generate(model, ids, max_tokens, seeds, encoding.eot_token, **how))
-    tokens = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(seeds)
+    tokens = torch.stack(list(generate(model, ids, max_tokens, seeds, encoding.eot_token, **how)), 1).tolist()
     return [ids[1:] + [t for t in row if t != encoding.eot_token] for row in tokens]
 
 
 def stream(model, encoding, prompt, max_tokens, seed, **how):
     """Write one story to the terminal as its tokens come; returns its token ids."""
-    ids, pending = [encoding.eot_token] + encoding.encode_ordinary(prompt), b""
-    sys.stdout.write(prompt)
+    ids, decoder = [encoding.eot_token] + encoding.encode_ordinary(prompt), getincrementaldecoder("utf-8")("replace")
+    print(prompt, end="", flush=True)
     for token in generate(model, ids, max_tokens, [seed], encoding.eot_token, **how):
         if token.item() != encoding.eot_token:
-            ids.append(token.item())
-            pending += encoding.decode_single_token_bytes(token.item())
-            try:  # a character may be spread over several tokens
-                sys.stdout.write(pending.decode("utf-8"))
-                pending = b""
-            except UnicodeDecodeError:
-                continue
-            sys.stdout.flush()
-    print(pending.decode("utf-8", "replace"))
+            ids.append(token.item())  # a character may be spread over several tokens: the decoder waits for its end
+            print(decoder.decode(encoding.decode_single_token_bytes(ids[-1])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
     return ids[1:]
 
 
@@ -115,8 +109,10 @@ def interact(model, encoding, settings):
         elif name:
             try:
                 changed = {**settings, name: type(settings[name])(value)}
-                print(check(changed), end="\n" * bool(check(changed)))
-                settings = settings if check(changed) else changed
+                if wrong := check(changed):
+                    print(wrong)
+                else:
+                    settings = changed
             except (KeyError, ValueError):
                 print(f"/{name}={value} is no setting: they are {', '.join(settings)}")
         else:
@@ -163,6 +159,8 @@ def main(argv=None):
     fields = {name: getattr(args, name) for name in ("features", "words", "summary") if getattr(args, name)}
     if fields:
         prompt = instruction(fields) + prompt
+    if args.interactive and prompt:
+        sys.exit("--interactive asks for each beginning: leave the prompt and the instructions out")
     if args.interactive:
         return interact(model, encoding, settings)
     seeds = range(args.seed, args.seed + args.num_samples)

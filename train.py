@@ -54,6 +54,7 @@ def command_line():
     parser.option("n_head", None, "attention heads (default: n_embd / 64)", type=int)
     parser.option("block_size", 256, "tokens of context")
     parser.option("pos", "rope", "how positions are told apart", choices=("rope", "alibi", "learned", "none"))
+    parser.option("smear", True, "each embedding takes in the one before; False: the plain transformer")
     parser.option("optimizer", "muon", "muon for the blocks' matrices with adamw for the rest, or adamw alone",
                   choices=("muon", "adamw"))
     parser.option("lr", None, "highest learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float)
@@ -69,7 +70,7 @@ def command_line():
     parser.option("max_tokens", 0, "… in tokens (default: 5,000,000)")
     parser.option("max_minutes", 0.0, "… in minutes, counted from the end of the first step, which compiles")
     parser.option("evals", 10, "evaluations, each with a sample and a checkpoint, evenly over the run")
-    parser.option("eval_stories", 2000, "stories that those score; the one at the end scores the whole file")
+    parser.option("eval_stories", 500, "stories that those score; the one at the end scores the whole file")
     parser.option("log_interval", 10, "steps between two lines of the log")
     parser.option("keep", "", "log: also keep the weights of steps 1, 2, 4, 8, …", choices=("", "log"))
     parser.option("init_from", "", "start from another run's weights")
@@ -140,6 +141,7 @@ def make_world():
 def make_optimizers(model, args):
     """Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for the tables, or AdamW for all.
 
+    Muon makes the update of each matrix nearly orthogonal, so that rare directions move as far as common ones.
     Embeddings and head get no weight decay. Beside Muon their AdamW averages gradients over fewer steps and squares
     over more than usual: most rows of a table have no gradient in most steps."""
     matrices = list(model.blocks.parameters())
@@ -172,6 +174,15 @@ def keep_large_blocks():
     mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     mallopt(-2, 1 << 28)  # M_TOP_PAD
+
+
+def peak_memory(device):
+    """The most MB that this process has taken so far, on the GPU where it uses one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    if not resource:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) >> 20
 
 
 def save(checkpoint, path):
@@ -244,11 +255,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     config = GPTConfig(metas[first]["vocab_size"], args.block_size, args.n_layer, args.n_head,
-                       args.n_embd, args.pos)
+                       args.n_embd, args.pos, args.smear)
     out_dir = args.out_dir or os.path.join("out", f"{'+'.join(mix)}-{args.n_layer}x{args.n_embd}")
     path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
     data_hashes = [meta["train"]["sha256"] for meta in metas.values()]
-    step, seconds, best, used = 0, 0.0, math.inf, [0] * len(data)
+    step, seconds, used = 0, 0.0, [0] * len(data)
     checkpoint = None
     if args.resume:
         checkpoint = load_checkpoint(path, "cpu")
@@ -276,8 +287,7 @@ def main(argv=None):
             optimizer.load_state_dict(state)
         if checkpoint["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(checkpoint["scaler"])
-        step, seconds, best, used = (checkpoint[name] for name in ("step", "seconds", "best", "used"))
-        torch.set_rng_state(checkpoint["rng"].cpu())
+        step, seconds, used = (checkpoint[name] for name in ("step", "seconds", "used"))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group.setdefault("highest_lr", group["lr"])
@@ -285,9 +295,10 @@ def main(argv=None):
     if device.type == "cpu":
         keep_large_blocks()
     # compiling takes half a minute or so, and makes a step up to twice as fast
+    flops = model.flops_per_token()
     worth_it = {"cpu": 2e13, "cuda": 5e15}.get(device.type, math.inf)  # FLOPs that take some two minutes without
-    compiled = args.compile == "True" or args.compile == "auto" and device.type != "mps" and (
-        args.max_minutes > 2 or not args.max_minutes and max_steps * step_tokens * model.flops_per_token() > worth_it)
+    long = args.max_minutes > 2 if args.max_minutes else max_steps * step_tokens * flops > worth_it
+    compiled = args.compile == "True" or args.compile == "auto" and long and device.type != "mps"
     began, forward = time.perf_counter(), torch.compile(model) if compiled else model
     if compiled:
         try:
@@ -303,7 +314,6 @@ def main(argv=None):
     if processes > 1:
         forward = DistributedDataParallel(forward)
 
-    flops = model.flops_per_token()
     peak = next((peak for name, peak in PEAKS.items() if device.type == "cuda" and dtype != torch.float32 and
                  re.search(rf"\b{name}\b", torch.cuda.get_device_name(device))), None)
     budget = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{max_steps:,} steps"
@@ -344,8 +354,7 @@ def main(argv=None):
 
     def state():
         return {**weights(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "scaler": scaler.state_dict(), "seconds": seconds, "used": used, "best": best,
-                "data_hashes": data_hashes, "rng": torch.get_rng_state()}
+                "scaler": scaler.state_dict(), "seconds": seconds, "used": used, "data_hashes": data_hashes}
 
     def validate(max_stories=None):
         """Scores on each dataset, and their mean by the weights of the mix."""
@@ -374,6 +383,7 @@ def main(argv=None):
                unit="s" if args.max_minutes else "step", disable=None if master else True,
                bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
     model.train()
+    # started: when the run would have begun, had it never been stopped or compiled; aside: seconds of evaluations
     pending, aside, started, first_step = [], 0.0, time.perf_counter() - seconds, step
     progress, stopped = clock()
     while progress < 1 and not stopped:
@@ -423,7 +433,8 @@ def main(argv=None):
             if processes > 1:
                 dist.all_reduce(losses)
                 losses /= processes
-            losses, pending = losses.tolist(), []
+            # a step whose gradients were not finite has spoiled the weights, though its own loss was still good
+            losses, pending = losses.tolist() + [math.nan] * (not scaler.is_enabled() and not norm.isfinite()), []
             if not all(map(math.isfinite, losses)):
                 bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
                 sys.exit(f"the loss is {losses[bad]} at step {step - len(losses) + bad + 1}; the last checkpoint "
@@ -443,7 +454,6 @@ def main(argv=None):
         if due:
             if master:
                 result = validate(args.eval_stories)
-                best = min(best, result["val_bpb"])
                 write_log(**result)
                 ids, = tell(model, encoding, "", 300, [args.seed + step], temperature=0.8)
                 model.train()
@@ -467,12 +477,6 @@ def main(argv=None):
                 for skill, share in skill_accuracy(model, name).items():
                     result[f"accuracy_{skill}" + (f"/{name}" if len(mix) > 1 else "")] = share
             write_log(**result)
-            if device.type == "cuda":
-                memory = torch.cuda.max_memory_allocated(device)
-            elif resource:
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            else:
-                memory = 0
             floor = metas[first]["val"].get("bits_per_byte")
             if floor and len(mix) == 1:
                 result["floor_bpb"] = floor  # of a world whose choices are known
@@ -481,7 +485,7 @@ def main(argv=None):
                        "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
                        "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds + compile_seconds:.1f}",
                        "tokens_per_second": round(speed), "parameters": model.num_params(),
-                       "peak_memory_mb": memory >> 20, "out_dir": out_dir}
+                       "peak_memory_mb": peak_memory(device), "out_dir": out_dir}
             seeds = range(args.seed, args.seed + 3)
             for i, ids in enumerate(tell(model, encoding, "", 500, seeds, temperature=0.8), 1):
                 print(f"\nStory {i}:\n{encoding.decode(ids)}")

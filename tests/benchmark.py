@@ -1,6 +1,6 @@
 """Measure this repository on this machine, beside others where they are at hand.
 
-    python tests/benchmark.py                                  everything but the last two
+    python tests/benchmark.py                                  everything but quality and growth
     python tests/benchmark.py --peer=FOLDER                    beside the model.py of a nanoGPT checkout in FOLDER
     python tests/benchmark.py --only=quality --peer=FOLDER     bits per byte after some minutes
     python tests/benchmark.py --only=growth                    cost against size, context and vocabulary
@@ -30,7 +30,7 @@ from eval import evaluate, score
 from model import GPT, GPTConfig, pick_device
 from prepare import Parser, load_meta, load_tokens
 from sample import generate
-from train import command_line, keep_large_blocks, make_optimizers
+from train import command_line, keep_large_blocks, make_optimizers, peak_memory
 
 VOCABULARY = 8192
 SHAPES = {"4x128": (4, 128, 16), "8x256": (8, 256, 16), "8x512": (8, 512, 8)}  # layers, width, rows of a batch
@@ -107,17 +107,8 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
         turn()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        memory = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else peak_memory()
-        print(json.dumps([time.perf_counter() - start, time.process_time() - cpu, memory]), file=print_, flush=True)
-
-
-def peak_memory():
-    """MB of this process at its largest."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        seconds = time.perf_counter() - start, time.process_time() - cpu
+        print(json.dumps([*seconds, peak_memory(device)]), file=print_, flush=True)
 
 
 def race(names, task, layers, width, rows, args, length=256, vocabulary=VOCABULARY):
@@ -219,7 +210,7 @@ def evaluation(args):
     tokens[::204] = 0
     start = time.perf_counter()
     score(model, tokens, 0)
-    yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], f"{peak_memory():,.0f} MB"
+    yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], f"{peak_memory(device):,} MB"
 
 
 class Peer(torch.nn.Module):

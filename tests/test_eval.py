@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import corpus
 import eval
 import judge
 import report
@@ -27,7 +28,7 @@ EOT = 96
 
 def load(name, dataset="tiny"):
     """What main() grades: a run's folder, or hf:folder."""
-    return eval.load(name, torch.device("cpu"), SimpleNamespace(dataset=dataset, tokenizer=""))
+    return eval.load(name, torch.device("cpu"), SimpleNamespace(dataset=dataset, tokenizer="", context=0))
 
 
 def stand_in(model, dataset, before=""):
@@ -123,6 +124,24 @@ def test_text_that_was_prepared_with_another_tokenizer_is_encoded_with_the_runs_
     assert found["val_bpb"][0] == pytest.approx(eval.evaluate(subject.model, "same")["val_bpb"], rel=1e-5)
 
 
+def test_a_run_is_graded_in_another_context_than_it_was_trained_in(run, in_prepared):
+    """In a context of 2 each token is told from the two before it, the first of a story from <|endoftext|> alone."""
+    eval.main([run, "--only=loss", "--context=2", "--device=cpu"])
+    with open(f"{run}/context2.eval.json") as f:
+        found = json.load(f)
+    model, tokens = load(run).model, torch.from_numpy(load_tokens("tiny", "val").astype(np.int64))
+    with torch.no_grad():
+        single = model(tokens[:-1, None], tokens[1:, None])[:, 0]
+        after_two = model(torch.stack((tokens[:-2], tokens[1:-1]), 1), torch.stack((tokens[1:-1], tokens[2:]), 1))[:, 1]
+    first = tokens[1:-1] == load_meta("tiny")["eot"]
+    expected = torch.cat((single[:1], torch.where(first, single[1:], after_two)))
+    assert found["model"]["context"] == 2
+    assert found["loss on tiny"]["val_loss"][0] == pytest.approx(expected.mean().item(), rel=1e-5)
+    torch.save({"model_config": {"pos": "learned", "block_size": 8}}, in_prepared / "learned.pt")
+    with pytest.raises(SystemExit, match="learned positions for a context of 8 tokens"):
+        eval.load_model("learned.pt", "cpu", 16)
+
+
 def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
     """Against one span at a time, straight from the logits; with right and wrong exchanged it is one minus that."""
     records = [{**r, "split": "val" if i % 5 == 0 else "train"} for i, r in enumerate(make_stories(200))]
@@ -160,7 +179,7 @@ def test_stories_are_described_side_by_side(workplace, capsys):
     (workplace / "b.txt").write_text("A slide is fun. Sam slid.\n<|endoftext|>\nOne day Sam saw a boat. He sat in it.\n")
     eval.main(["--stories", "a.jsonl", "b.txt"])
     table = {line[:36].strip(): line[36:].split("  ") for line in capsys.readouterr().out.splitlines()}
-    a, b = eval.describe("a.jsonl"), eval.describe("b.txt")
+    a, b = corpus.describe("a.jsonl"), corpus.describe("b.txt")
     assert a["stories"] == "50" and a["exact copies"] == "20.00 %" and a["with Once upon a time"] == "100.00 %"
     assert float(a["near-copies"].split()[0]) >= 20 and b["near-copies"] == "0.00 %"
     assert b["stories"] == "2" and b["words a story"] == "8" and b["distinct words"] == "14"
@@ -319,6 +338,21 @@ def test_a_parrot_is_found_out(fine):
     assert found["5-grams of tokens that stand in train, train completed"] == [1, 1, 1]
     assert found["longest run that stands in train, train completed"][0] > 30
     assert found["5-grams of tokens that stand in train, true endings of val"][0] < 1
+
+
+def test_marked_words_are_found_where_the_stories_lie(workplace):
+    """Stories that were prepared from elsewhere, with instructions before them, keep their probes."""
+    write_jsonl(workplace / "data/x/stories.jsonl",
+                [{**r, "split": "val" if i % 5 == 0 else "train"} for i, r in enumerate(make_stories(100))])
+    write_jsonl(workplace / "split/valid.jsonl", make_stories(9))
+    write_jsonl(workplace / "split/train.jsonl", make_stories(50, seed=1))
+    prepare(["--dataset=asked", "--input=data/x", "--instruct", "--vocab_size=400"])
+    prepare(["--dataset=plain", "--input=split", "--vocab_size=400"])
+    asked, plain = eval.read_spans("asked", 50), eval.read_spans("plain", 50)
+    assert len(asked) == 20 and len(plain) == 9
+    assert asked[0]["prompt"].startswith("Story:") and plain[0]["prompt"].startswith("Once upon a time")
+    assert "bits_per_byte" in load_meta("plain")["val"]
+    assert "bits_per_byte" not in load_meta("asked")["val"]  # what the instructions cost is not known
 
 
 def test_instructions_followed(workplace):
@@ -502,6 +536,17 @@ def test_without_transformers_the_error_says_what_to_install(workplace, monkeypa
 
 # ---------------------------------------------------------------------------------------------------------------
 # the whole, and its page
+
+def test_runs_of_several_seeds_are_shown_as_one():
+    """Mean, lowest and highest of each figure; another setting stays for itself, and so does what is not measured."""
+    part = lambda loss, passed: {"model": {"parameters": 5}, "loss": {"val_bpb": [loss, 0, 9]},
+                                 "probes": {"fact": passed, "context": None}, "steps": {"probes": {}}}
+    results = {"a-1": part(1.0, [0.5, 0.4, 0.6]), "b-1": part(7.0, 1), "a-2": part(2.0, 0.25), "a-3": part(3.0, None)}
+    found = report.over_seeds(results, {"a-1": "x", "a-2": "x", "b-1": "y", "a-3": "x"})
+    assert list(found) == ["a-1", "b-1"] and found["b-1"]["loss"]["val_bpb"] == [7, 7, 7]
+    assert found["a-1"] == {"model": {"parameters": 5, "runs": 3}, "loss": {"val_bpb": [2, 1, 3]},
+                            "probes": {"fact": [0.375, 0.25, 0.5], "context": None}}
+
 
 def test_two_runs_and_their_page(run, in_prepared, capsys):
     """Sections that are not made again stay; those of an older checkpoint do not."""

@@ -83,7 +83,7 @@ def test_each_head_and_layer_is_silenced_once():
 
 def test_a_head_that_looks_three_back_is_a_distance_head():
     """Learned positions, one-hot; a query at i asks for the key of i - 3, whatever the words."""
-    model = make_model(pos="learned", n_layer=1, n_head=1, block_size=32, n_embd=32)
+    model = make_model(pos="learned", smear=False, n_layer=1, n_head=1, block_size=32, n_embd=32)
     model.embed.weight.data.zero_()
     model.pos_embed.weight.data = torch.eye(32)
     model.blocks[0].attn.k.weight.data = torch.eye(32)
@@ -97,7 +97,7 @@ def test_a_head_that_looks_three_back_is_a_distance_head():
 
 
 def test_the_decay_of_alibi_alone_is_its_slope():
-    model = make_model(pos="alibi", n_layer=1)
+    model = make_model(pos="alibi", smear=False, n_layer=1)
     model.blocks[0].attn.q.weight.data.zero_()
     heads = interpret.study_heads(model, make_tensors(tokens(20, 32)), torch.tensor([0]))
     assert [h["decay"] for h in heads] == pytest.approx(alibi_slopes(4).tolist(), rel=1e-3)
@@ -106,7 +106,7 @@ def test_the_decay_of_alibi_alone_is_its_slope():
 
 def test_a_head_that_looks_at_one_token_is_semantic():
     """Words one-hot, no positions; every query asks for the key of token 5."""
-    model = make_model(pos="none", n_layer=1, n_head=1, vocab_size=16, n_embd=16)
+    model = make_model(pos="none", smear=False, n_layer=1, n_head=1, vocab_size=16, n_embd=16)
     model.embed.weight.data = torch.eye(16)
     model.blocks[0].attn.k.weight.data = torch.eye(16)
     model.blocks[0].attn.q.weight.data = torch.eye(16)[5][:, None].expand(16, 16).clone()
@@ -147,7 +147,7 @@ def test_the_area_under_the_curve_counts_pairs():
 
 def plant(layer, neuron, direction):
     """A model of learned positions whose neuron reads one direction of the stream, which nothing else writes to."""
-    model = make_model(pos="learned")
+    model = make_model(pos="learned", smear=False)
     for part in [p for block in model.blocks for p in (block.attn.proj, block.mlp.proj)]:
         part.weight.data[direction] = 0
     model.embed.weight.data[:, direction] = model.pos_embed.weight.data[:, direction] = 0

@@ -78,10 +78,11 @@ def test_one_batch_can_be_overfitted():
     assert loss.item() < 0.1
 
 
+@pytest.mark.parametrize("smear", (True, False))
 @pytest.mark.parametrize("pos", POSITIONS)
-def test_agrees_with_an_independent_implementation(pos):
+def test_agrees_with_an_independent_implementation(pos, smear):
     """The same weights in NumPy, float64, one token and one head at a time, straight from the formulas."""
-    model, idx = make_model(pos=pos), tokens(1, 12)
+    model, idx = make_model(pos=pos, smear=smear), tokens(1, 12)
     w = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
     heads, size = 4, 8
 
@@ -101,6 +102,8 @@ def test_agrees_with_an_independent_implementation(pos):
     if pos == "learned":
         x = [row + w["pos_embed.weight"][i] for i, row in enumerate(x)]
     x = [rms(row) for row in x]
+    if smear:
+        x = [rms(row + w["smear"] * before) for row, before in zip(x, [np.zeros(32), *x])]
     for layer in range(3):
         get = lambda name: w[f"blocks.{layer}.{name}.weight"]
         qkv = [[get(f"attn.{part}") @ rms(row) for part in "qkv"] for row in x]
@@ -152,7 +155,7 @@ def test_parameters_and_flops_are_counted():
     c = GPTConfig(vocab_size=4096, block_size=256, n_layer=8, n_head=4, n_embd=128)
     model = GPT(c)
     assert model.num_params(embedding=False) == 8 * 12 * 128**2
-    assert model.num_params() == 8 * 12 * 128**2 + 2 * 4096 * 128
+    assert model.num_params() == 8 * 12 * 128**2 + 2 * 4096 * 128 + 128  # one more a channel: smear
     attention = 8 * 128 * sum(range(1, 257)) / 256 * 4 * 3  # scores and mixing, 2 FLOPs each, forward and twice back
     assert model.flops_per_token() == 6 * (8 * 12 * 128**2 + 4096 * 128) + attention
 

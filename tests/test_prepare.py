@@ -475,4 +475,5 @@ def test_tinystories_is_downloaded_and_prepared(workplace, monkeypatch):
         prepare.main(["--dataset=tinystories", f"--url=http://127.0.0.1:{server.server_port}"])
         server.shutdown()
     assert read_back("tinystories", "train") == [r["story"] for r in make_stories(100)]
-    assert [f["file"] for f in json.load(open("data/tinystories/meta.json"))["source"]] == list(prepare.VERSIONS[2])
+    source = json.load(open("data/tinystories/meta.json"))["source"]
+    assert [(os.path.basename(f["file"]), f["split"]) for f in source] == list(zip(prepare.VERSIONS[2], ("train", "val")))

@@ -72,6 +72,23 @@ def test_stories_from_the_command_line(run, in_prepared, capsys):
     assert (tokens == encoding.eot_token).sum() == 4
 
 
+def test_text_streams_on_after_bytes_that_are_no_text(capsys):
+    """A young model writes half characters: they show as a mark, and what follows comes at once."""
+    shown = []
+
+    class Encoding:
+        eot_token = EOT
+
+        def encode_ordinary(self, text):
+            return [1]
+
+        def decode_single_token_bytes(self, token):
+            shown.append(capsys.readouterr().out)
+            return [b"\xe2\x9c", b"a", b"\xc3", b"\xa9", b"b"][len(shown) - 1]
+    sample.stream(make_model(), Encoding(), "", 5, seed=1)
+    assert "".join(shown) + capsys.readouterr().out == "�aéb\n" and "".join(shown[:4]).endswith("a")
+
+
 def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
     typed = "Tim saw\n/temperature=0\n/\n/colour=red\n/top_k=-1\nTim saw\nTim saw\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -87,6 +104,7 @@ def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
     (["--out_dir=out/none"], "no checkpoint out/none/ckpt.pt: run python train.py"),
     (["--temperature=-1"], "--temperature=-1.0 must be at least 0"),
     (["--top_p=0"], "--top_p=0.0 must be at least"),
+    (["--interactive", "--prompt=Tim"], "leave the prompt and the instructions out"),
     (["--prompt_file=nowhere.txt"], "cannot read --prompt_file=nowhere.txt"),
 ])
 def test_bad_input_ends_in_one_line(run, in_prepared, options, expected):
