@@ -434,8 +434,9 @@ def test_two_runs_on_one_corpus_are_refused():
 def start(server, *options, **more):
     def heed():  # a test run in the background may have been told to ignore Ctrl-C, and its children inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    more = {"preexec_fn": None if os.name == "nt" else heed, **more}
     return subprocess.Popen([sys.executable, str(SCRIPT), *command(server, *options)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, preexec_fn=None if os.name == "nt" else heed, **more)
+                            stderr=subprocess.PIPE, text=True, **more)
 
 
 @pytest.mark.parametrize("log", [{}, {"OPENAI_LOG": "debug"}])
