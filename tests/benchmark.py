@@ -355,8 +355,8 @@ def main(argv=None):
     for part in args.only.split(","):
         for figure, values, note in PARTS[part](args):
             figures[figure] = values
-            middle, low, high = (f"{f(values):,.{0 if max(values) >= 20 else 1}f}"
-                                 for f in (statistics.median, min, max))
+            middle, low, high = (f"{x:,.0f}" if x >= 20 else f"{x:.4g}"
+                                 for x in (f(values) for f in (statistics.median, min, max)))
             print(f"{figure:62} {middle:>10} ({low} to {high})  {note}", flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(figures, indent=1))
