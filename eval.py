@@ -255,16 +255,10 @@ def complete(subject, prompts, max_tokens, each=1, title="completing"):
     return [[found[i] for i in range(begin, begin + each)] for begin in range(0, len(ids), each)]
 
 
-def samples(subject, prompts, args, again=True):
-    """The completions of the prompts, kept in samples.bin in the form of sample.py --out, and, unless `again`, taken
-    from there if it holds them already."""
+def samples(subject, prompts, args):
+    """The completions of the prompts, kept in samples.bin in the form of sample.py --out."""
     path, eot, before = subject.path("samples.bin"), subject.encoding.eot_token, subject.before
     begins = [subject.encoding.encode_ordinary(before + prompt) for prompt in prompts for _ in range(args.each)]
-    if not again and os.path.exists(path) and os.path.getmtime(path) > subject.time:
-        kept = [story.tolist() for story in split_stories(np.fromfile(path, "<u2"), eot)]
-        if len(kept) == len(begins) and all(story[:len(begin)] == begin for story, begin in zip(kept, begins)):
-            told = [story[len(begin):] for story, begin in zip(kept, begins)]
-            return [told[i:i + args.each] for i in range(0, len(told), args.each)]
     found = complete(subject, [before + p for p in prompts], args.max_tokens, args.each, "completing prompts")
     told = [text for some in found for text in some]
     tokens = [t for begin, text in zip(begins, told) for t in [eot] + begin + text] + [eot]
@@ -274,9 +268,8 @@ def samples(subject, prompts, args, again=True):
     return found
 
 
-def completions(subject, prompts, args):
-    """What can be counted in continuations of the prompts."""
-    found = samples(subject, prompts, args)
+def completions(subject, found, args):
+    """What can be counted in continuations of prompts, [[token ids] of each prompt]."""
     texts = [[words_of(subject.encoding.decode(ids)) for ids in some] for some in found]
     def by_prompt(top, bottom=len):
         return interval([top(some) for some in texts], [bottom(some) for some in texts])
@@ -298,7 +291,7 @@ def completions(subject, prompts, args):
         row[[column[pair] for pair in some]] = 1
     alike = 2 * (stands @ stands.T) / np.maximum(1, stands.sum(1)[:, None] + stands.sum(1))
     np.fill_diagonal(alike, 0)
-    figures["Rouge-2 with the likest other"] = interval(alike.max(1).reshape(len(prompts), -1).mean(1))
+    figures["Rouge-2 with the likest other"] = interval(alike.max(1).reshape(len(found), -1).mean(1))
     return figures
 
 
@@ -482,6 +475,8 @@ def load(name, device, args):
     says where a file about it goes."""
     folder, prefix, kept = name, "", []
     if name.startswith("hf:"):
+        if args.context:
+            sys.exit(f"{name} has its own context: leave --context out")
         model, encoding = load_published(name[3:], device, args)
         checkpoint, when = {"tokenizer": None}, 0
         folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
@@ -518,7 +513,7 @@ def steps(subject, probes, device):
     sets = {"probes": probes, **{f"spans of {name}": read_spans(name, 100) for name in subject.datasets}}
     found = {title: defaultdict(list) for title, some in sets.items() if some}
     for path in tqdm(subject.kept, desc="checkpoints", leave=False, disable=None):
-        model, checkpoint = load_model(path, device)
+        model, checkpoint = load_model(path, device, subject.model.config.block_size)
         for title in found:
             passed = passes(model, subject.encoding, sets[title])
             for skill in dict.fromkeys(p["skill"] for p in sets[title]):
@@ -552,8 +547,10 @@ def sections(subject, wanted, probes, prompts, device, args):
         for title, some in sets.items():
             if some:
                 yield title, grade_probes(subject, some, counts)
+    if {"completions", "judge"} & set(wanted):
+        told = samples(subject, prompts, args)
     if "completions" in wanted:
-        yield "completions", completions(subject, prompts, args)
+        yield "completions", completions(subject, told, args)
     for name in subject.datasets:
         if "memorisation" in wanted:
             yield f"memorisation of {name}", memorisation(subject, name, args)
@@ -563,9 +560,8 @@ def sections(subject, wanted, probes, prompts, device, args):
         yield "steps", steps(subject, probes, device)
     if "judge" in wanted:
         from judge import judge  # with the client of its server, which takes a second
-        found = samples(subject, prompts, args, again=False)
         told = [[(prompt, subject.encoding.decode(ids).strip()) for ids in some]
-                for prompt, some in zip(prompts, found)]
+                for prompt, some in zip(prompts, told)]
         yield "judge", judge(told, controls(subject.datasets[0]), subject.path("judge.jsonl"), args)
 
 
@@ -587,7 +583,7 @@ def main(argv=None):
     parser.option("max_cost", math.inf, "stop before this command has cost more dollars")
     parser.option("concurrency", 16, "questions under way at a time")
     parser.option("tokenizer", "", "of hf: models that come without one: the name of another")
-    parser.option("context", 0, "tokens that a run sees at once (0: as many as in training); writes context<n>.eval.json")
+    parser.option("context", 0, "tokens that a run sees at once (0: as in training); writes context<n>.eval.json")
     parser.option("seeds", False, "show runs that differ in their seed alone as one: mean, lowest and highest")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)

@@ -124,8 +124,8 @@ def show_neurons(r, limit=2_500_000):
 {table(["means over neurons", *names], [[name, *(x[n] for n in names)] for name, x in shares.items()])}
 <p class="note">Distinct: the share above; the kinds are {", ".join(r["kinds"])}. Any, token: at the {r["top"]} places
 that excite a neuron most, the share of the commonest kind and of the commonest token. Idle: fewer than {r["top"]}
-tokens excite it; left out. Controls: the same activations given to random places; a model with weights drawn anew, which answers to
-few tokens, but not of a kind.</p>
+tokens excite it; left out. Controls: the same activations given to random places; a model with weights drawn anew,
+which answers to few tokens, but not of a kind.</p>
 <h3>The most selective</h3><p>The first four of each kind; the place of excitement is marked.</p>
 <div class="charts">{"".join(show(n) for some in few.values() for n in some[:4])}</div>
 <script id="neurons" type="application/json">[{",".join(entries)}]</script>{SEARCH}

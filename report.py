@@ -38,6 +38,8 @@ def over_seeds(results, settings):
     its lowest and highest value."""
     def spread(values):
         values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
+        if isinstance(next(iter(values), None), int):  # a count of stories, which all have
+            return values[0]
         return [sum(values) / len(values), min(values), max(values)] if values else None
 
     merged = {}

@@ -176,7 +176,8 @@ def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
 def test_stories_are_described_side_by_side(workplace, capsys):
     stories = [{"story": r["story"], "words": ["play", "ball", "red"]} for r in make_stories(40)]
     write_jsonl(workplace / "a.jsonl", stories + stories[:10])
-    (workplace / "b.txt").write_text("A slide is fun. Sam slid.\n<|endoftext|>\nOne day Sam saw a boat. He sat in it.\n")
+    (workplace / "b.txt").write_text("A slide is fun. Sam slid.\n<|endoftext|>\n"
+                                     "One day Sam saw a boat. He sat in it.\n")
     eval.main(["--stories", "a.jsonl", "b.txt"])
     table = {line[:36].strip(): line[36:].split("  ") for line in capsys.readouterr().out.splitlines()}
     a, b = corpus.describe("a.jsonl"), corpus.describe("b.txt")
@@ -286,7 +287,8 @@ def test_completions_are_those_of_one_prompt_alone(run, in_prepared):
 def test_what_is_counted_in_completions(run, in_prepared, tmp_path):
     """Everything again from samples.bin, story by story."""
     subject, args = load(run), SimpleNamespace(each=3, max_tokens=60)
-    found = eval.completions(subject, PROMPTS, args)
+    completed = eval.samples(subject, PROMPTS, args)
+    found = eval.completions(subject, completed, args)
     encoding, tokens = subject.encoding, np.fromfile(subject.path("samples.bin"), "<u2")
     stories = [encoding.decode(part.tolist()) for part in eval.split_stories(tokens, encoding.eot_token)]
     told = [story.removeprefix(PROMPTS[i // 3]) for i, story in enumerate(stories)]
@@ -300,8 +302,8 @@ def test_what_is_counted_in_completions(run, in_prepared, tmp_path):
     pairs = [set(zip(w, w[1:])) for w in words]
     assert found["Rouge-2 with the likest other"][0] == pytest.approx(np.mean([max(
         2 * len(a & b) / (len(a) + len(b)) for j, b in enumerate(pairs) if i != j) for i, a in enumerate(pairs)]))
-    ids = [ids for some in eval.samples(subject, PROMPTS, args, again=False) for ids in some]
-    assert [encoding.decode(row) for row in ids] == told  # what is kept is read back
+    ids = [ids for some in completed for ids in some]
+    assert [encoding.decode(row) for row in ids] == told
     assert found["ended by themselves"][0] == pytest.approx(np.mean([len(row) < 60 for row in ids]))
 
 
@@ -539,12 +541,12 @@ def test_without_transformers_the_error_says_what_to_install(workplace, monkeypa
 
 def test_runs_of_several_seeds_are_shown_as_one():
     """Mean, lowest and highest of each figure; another setting stays for itself, and so does what is not measured."""
-    part = lambda loss, passed: {"model": {"parameters": 5}, "loss": {"val_bpb": [loss, 0, 9]},
+    part = lambda loss, passed: {"model": {"parameters": 5}, "loss": {"val_bpb": [loss, 0, 9], "stories": 7},
                                  "probes": {"fact": passed, "context": None}, "steps": {"probes": {}}}
-    results = {"a-1": part(1.0, [0.5, 0.4, 0.6]), "b-1": part(7.0, 1), "a-2": part(2.0, 0.25), "a-3": part(3.0, None)}
+    results = {"a-1": part(1.0, [0.5, 0.4, 0.6]), "b-1": part(7.0, [1, 1, 1]), "a-2": part(2.0, 0.25), "a-3": part(3.0, None)}
     found = report.over_seeds(results, {"a-1": "x", "a-2": "x", "b-1": "y", "a-3": "x"})
     assert list(found) == ["a-1", "b-1"] and found["b-1"]["loss"]["val_bpb"] == [7, 7, 7]
-    assert found["a-1"] == {"model": {"parameters": 5, "runs": 3}, "loss": {"val_bpb": [2, 1, 3]},
+    assert found["a-1"] == {"model": {"parameters": 5, "runs": 3}, "loss": {"val_bpb": [2, 1, 3], "stories": 7},
                             "probes": {"fact": [0.375, 0.25, 0.5], "context": None}}
 
 

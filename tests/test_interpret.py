@@ -170,7 +170,6 @@ def test_a_planted_neuron_is_found_first():
         model(idx)
     best = seen[0][:, 1:, 77].flatten().topk(5)
     assert first["most"] == pytest.approx(best.values[0].item(), abs=1e-3)
-    assert sum(x["idle"] for x in map(interpret.sum_up, (layers, shuffled))) >= 0
     assert sum(interpret.sum_up(layers)["spread"]) == pytest.approx(1)
 
 

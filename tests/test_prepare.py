@@ -344,7 +344,8 @@ def test_ctrl_c_ends_in_one_line(workplace):
     while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=120)[1] == "interrupted: data/x is as it was before; the same command starts again\n"
+    told = process.communicate(timeout=120)[1]
+    assert told == "interrupted: data/x is as it was before; the same command starts again\n"
     assert process.returncode == 1 and os.listdir("data/x") == ["s.jsonl"]
 
 
@@ -476,4 +477,5 @@ def test_tinystories_is_downloaded_and_prepared(workplace, monkeypatch):
         server.shutdown()
     assert read_back("tinystories", "train") == [r["story"] for r in make_stories(100)]
     source = json.load(open("data/tinystories/meta.json"))["source"]
-    assert [(os.path.basename(f["file"]), f["split"]) for f in source] == list(zip(prepare.VERSIONS[2], ("train", "val")))
+    found = [(os.path.basename(f["file"]), f["split"]) for f in source]
+    assert found == list(zip(prepare.VERSIONS[2], ("train", "val")))

@@ -25,8 +25,8 @@ TINY = ["--dataset=tiny", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_s
 
 def torchrun(*options):
     """A run of two processes, a thread each."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *TINY,
-                           *options], capture_output=True, text=True, timeout=100,
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *TINY, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
 
