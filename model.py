@@ -63,11 +63,12 @@ def alibi_slopes(n_head):
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D); causal, unless a mask says otherwise."""
     T = q.size(2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and mask is None:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
         # torch's fused kernel runs backward slowly here: as two products and a softmax it trains 1.5 times faster
         scores = (q @ k.transpose(-2, -1)).float() * q.size(-1) ** -0.5
-        future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+        if T > 1:
+            scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
 
 

@@ -1,9 +1,9 @@
 """Measure this repository on this machine, beside others where they are at hand.
 
-    python tests/benchmark.py                                  everything but quality and growth
+    python tests/benchmark.py                                  everything but quality, growth and start
     python tests/benchmark.py --peer=FOLDER                    beside the model.py of a nanoGPT checkout in FOLDER
     python tests/benchmark.py --only=quality --peer=FOLDER     bits per byte after some minutes
-    python tests/benchmark.py --only=growth                    cost against size, context and vocabulary
+    python tests/benchmark.py --only=growth                    cost against size, context, vocabulary and processes
 
 The machine's own ceiling first, then each figure beside it. Contenders are processes of their own that take turns
 within one run, and medians are shown with their spread, because a laptop's speed drifts within minutes. Nothing here
@@ -29,14 +29,13 @@ import torch.nn.functional as F
 from eval import evaluate, score
 from model import GPT, GPTConfig, pick_device
 from prepare import Parser, load_meta, load_tokens
-from sample import generate
+from sample import NumpyGPT, generate
 from train import command_line, keep_large_blocks, make_optimizers, peak_memory
 
 VOCABULARY = 8192
-SHAPES = {"4x128": (4, 128, 16), "8x256": (8, 256, 16), "8x512": (8, 512, 8)}  # layers, width, rows of a batch
 TRAIN = ["this float32", "this bfloat16", "this bfloat16 compiled", "this bfloat16 compiled muon", "nanoGPT float32",
          "nanoGPT bfloat16", "nanoGPT bfloat16 compiled", "GPT-Neo float32", "GPT-Neo bfloat16"]
-SAMPLE = ["this float32", "this bfloat16", "nanoGPT float32", "GPT-Neo float32"]
+SAMPLE = ["this float32", "this numpy", "this bfloat16", "nanoGPT float32", "GPT-Neo float32"]
 
 # -----------------------------------------------------------------------------------------------------------------
 # contenders: child processes that build a model once, and take a turn for every line they read
@@ -53,7 +52,7 @@ def build(who, layers, width, length, vocabulary, peer):
         import model as other
         config = other.GPTConfig(block_size=length, vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width,
                                  dropout=0.0, bias=False)
-        return other.GPT(config), lambda model, x, y: model(x, y)[1]
+        return other.GPT(config), lambda model, x, y: model(x, y.contiguous())[1]
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
     kinds = [[["global", "local"], layers // 2]]
     config = GPTNeoConfig(vocab_size=vocabulary, max_position_embeddings=length, hidden_size=width, num_layers=layers,
@@ -90,6 +89,7 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
                 optimizer.zero_grad(set_to_none=True)
     else:
         model = model.to(dtype).eval()
+        model = NumpyGPT(model) if how == "numpy" else model
         idx = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
         @torch.inference_mode()
@@ -100,7 +100,7 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
                 model.generate(idx, 200)
             else:
                 model.generate(idx, max_new_tokens=200, min_new_tokens=200, do_sample=True, pad_token_id=0)
-    for _ in range(3):  # compile and warm up
+    for _ in range(3 if task == "train" else 1):  # compile and warm up
         turn()
     for _ in iter(lambda: print("ready", file=print_, flush=True) or sys.stdin.readline(), ""):
         start, cpu = time.perf_counter(), time.process_time()
@@ -180,12 +180,13 @@ def ceiling(args):
 def train(args):
     """Tokens a second of whole steps: forward, backward, clipping, optimizer (AdamW for all but the one with Muon)."""
     for shape in args.shapes.split(","):
-        layers, width, rows = SHAPES[shape]
-        flops = GPT(GPTConfig(VOCABULARY, 256, layers, max(1, width // 64), width)).flops_per_token()
+        layers, width = map(int, shape.split("x"))
+        rows, length = (64, 512) if args.device.startswith("cuda") else (8 if width >= 512 else 16, 256)
+        flops = GPT(GPTConfig(VOCABULARY, length, layers, max(1, width // 64), width)).flops_per_token()
         found, others = race([name for name in TRAIN if args.peer or "nanoGPT" not in name], "train", layers, width,
-                             rows, args)
+                             rows, args, length)
         for name, (seconds, memory) in found.items():
-            speed = [rows * 256 / s for s in seconds]
+            speed = [rows * length / s for s in seconds]
             gflops = statistics.median(speed) * flops / 1e9
             share = f", {gflops / args.ceiling:.0%} of the ceiling" if hasattr(args, "ceiling") else ""
             yield f"tokens/s of training {shape}, {name}", speed, f"{gflops:,.0f} GFLOP/s{share}, {memory:,.0f} MB"
@@ -193,9 +194,11 @@ def train(args):
 
 
 def sample(args):
-    """Tokens a second of writing 200 tokens in one stream, in 16 and in 64."""
-    for streams in (1, 16, 64):
-        names = [name for name in SAMPLE if args.peer or "nanoGPT" not in name]
+    """Tokens a second of writing 200 tokens in one stream, in 16, and in more (where nanoGPT takes minutes)."""
+    cuda = args.device.startswith("cuda")
+    for streams in (1, 16, 512 if cuda else 64):
+        names = [name for name in SAMPLE if (args.peer and streams <= 16 or "nanoGPT" not in name)
+                 and (streams == 1 and not cuda or "numpy" not in name)]
         found, others = race(names, "sample", 8, 256, streams, args)
         for name, (seconds, _) in found.items():
             yield f"tokens/s of sampling 8x256, {streams} stream(s), {name}", [200 * streams / s for s in seconds], ""
@@ -212,6 +215,10 @@ def evaluation(args):
     start = time.perf_counter()
     score(model, tokens, 0)
     yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], f"{peak_memory(device):,} MB"
+    start = time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16):
+        score(model, tokens, 0)
+    yield "… in bfloat16 (eval.py --dtype=bfloat16)", [time.perf_counter() - start], ""
     model = GPT(GPTConfig(4096, 256, 8, 4, 128)).to(device)
     start = time.perf_counter()
     for first in range(0, 500, 50):
@@ -227,23 +234,33 @@ class Peer(torch.nn.Module):
         self.model, self.config, self.head = model, model.config, model.lm_head
 
     def forward(self, idx, targets):
-        logits, _ = self.model(idx, targets)  # (B, T, V)
+        logits, _ = self.model(idx, targets.contiguous())  # (B, T, V)
         return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
 
 
-def quality(args):
-    """Bits per byte of train.py's default after --minutes; of nanoGPT's model with AdamW after --peer_minutes, on the
-    same tokens: 4 x 128, batches of 16 x 256 (compiling not counted), learning rate from a sweep."""
+def trained(args, *options, launcher=()):
+    """The summary that train.py prints, {name: text}, of a run on --dataset with these options."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train.py", f"--dataset={args.dataset}", f"--max_minutes={args.minutes}",
-                   "--evals=0", f"--out_dir={folder}/run", f"--device={args.device}", "--compile=True"]
+        command = [sys.executable, *launcher, ROOT / "train.py", f"--dataset={args.dataset}", f"--device={args.device}",
+                   f"--out_dir={folder}/run", "--compile=True", "--evals=0", *options]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    summary = dict(line.split(":", 1) for line in lines if re.match(r"[a-z_]+: ", line))
-    note = f"{int(summary['tokens']):,} tokens, {int(summary['tokens_per_second']):,} a second"
-    yield f"val_bpb of train.py after {args.minutes:g} minutes", [float(summary["val_bpb"])], note
+    return dict(line.split(":", 1) for line in lines if re.match(r"[a-z_]+: ", line))
+
+
+def quality(args):
+    """Bits per byte of train.py after --minutes, and of nanoGPT's model with AdamW after --peer_minutes, on the same data;
+    or of both after --tokens. nanoGPT: batches of 16 x 256, bfloat16, compiled, cosine. Compiling is not counted."""
+    layers, width = map(int, args.shapes.split(",")[0].split("x"))
+    if args.minutes:
+        budget = f"--max_tokens={args.tokens}" if args.tokens else f"--max_minutes={args.minutes}"
+        summary = trained(args, budget, f"--n_layer={layers}", f"--n_embd={width}")
+        note = f"{int(summary['tokens']):,} tokens, {int(summary['tokens_per_second']):,} a second"
+        yield (f"val_bpb of train.py, {layers}x{width}, {float(summary['seconds']) / 60:.1f} minutes",
+               [float(summary["val_bpb"])], note)
     if not args.peer:
         return
-    model, loss = build("nanoGPT", 4, 128, 256, load_meta(args.dataset)["vocab_size"], args.peer)
+    torch.manual_seed(1)
+    model, loss = build("nanoGPT", layers, width, 256, load_meta(args.dataset)["vocab_size"], args.peer)
     model = model.to(args.device)
     forward, tokens = torch.compile(model), load_tokens(args.dataset, "train")
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -253,7 +270,7 @@ def quality(args):
     draw, step, progress = np.random.default_rng(1), 0, 0.0
     while progress < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 8e-3 * min(1.0, progress / 0.02, 0.55 + 0.45 * math.cos(math.pi * progress))
+            group["lr"] = args.peer_lr * min(1.0, progress / 0.02, 0.55 + 0.45 * math.cos(math.pi * progress))
         rows = [tokens[i:i + 257] for i in draw.integers(0, len(tokens) - 256, 16)]
         rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
@@ -265,10 +282,11 @@ def quality(args):
         step += 1
         if step == 1:
             start = time.perf_counter()
-        progress = (time.perf_counter() - start) / (60 * args.peer_minutes)
+        seconds = time.perf_counter() - start
+        progress = step * 4096 / args.tokens if args.tokens else seconds / (60 * args.peer_minutes)
     result = evaluate(Peer(model), args.dataset)
-    yield (f"val_bpb of nanoGPT after {args.peer_minutes:g} minutes", [result["val_bpb"]],
-           f"{step * 4096:,} tokens, {step * 4096 / args.peer_minutes / 60:,.0f} a second")
+    yield (f"val_bpb of nanoGPT, {layers}x{width}, lr {args.peer_lr:g}, {seconds / 60:.1f} minutes", [result["val_bpb"]],
+           f"{step * 4096:,} tokens, {step * 4096 / seconds:,.0f} a second")
 
 
 def growth(args):
@@ -283,6 +301,28 @@ def growth(args):
     for vocabulary in (1024, 4096, 16384):
         (seconds, memory), = race(best, "train", 8, 128, 16, args, vocabulary=vocabulary)[0].values()
         yield f"tokens/s of training 8x128, vocabulary {vocabulary}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+        summary = trained(args, "--max_steps=150", f"--batch_size={16 // processes}", launcher=launcher)
+        yield f"tokens/s of train.py, {processes} process(es)", [float(summary["tokens_per_second"])], ""
+
+
+def startup(args):
+    """Seconds from the command to the end of the first step, of train.py without compiling."""
+    found = []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, ROOT / "train.py", f"--dataset={args.dataset}", f"--device={args.device}",
+                 "--compile=False", "--log_interval=1", f"--out_dir={folder}/run"], text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL)
+            while not process.stdout.readline().startswith("step 1:"):
+                assert process.poll() is None
+            found.append(time.perf_counter() - start)
+            process.kill()
+            process.wait()
+    yield "seconds from train.py's command to its first step", found, ""
 
 
 def prepare(args):
@@ -331,17 +371,19 @@ def writer(args, n=5000, concurrency=64):
 
 
 PARTS = {"ceiling": ceiling, "train": train, "sample": sample, "eval": evaluation, "quality": quality,
-         "growth": growth, "prepare": prepare, "generate": writer}
+         "growth": growth, "start": startup, "prepare": prepare, "generate": writer}
 
 
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.option("only", "ceiling,train,sample,eval,prepare,generate", f"of {', '.join(PARTS)}")
-    parser.option("dataset", "tinystories", "what to train on for --only=quality")
-    parser.option("minutes", 4.0, "… and for how long")
+    parser.option("dataset", "tinystories", "what to train on for quality, growth and start")
+    parser.option("minutes", 4.0, "… and for how long (0: only nanoGPT)")
     parser.option("peer_minutes", 15.0, "… and nanoGPT beside it")
+    parser.option("tokens", 0, "… or both on as many tokens")
+    parser.option("peer_lr", 8e-3, "… and nanoGPT's highest learning rate, from a sweep at 4x128 and 15 minutes")
     parser.option("peer", "", "a folder with nanoGPT's model.py, to be measured beside this one")
-    parser.option("shapes", ",".join(SHAPES), "which shapes to train")
+    parser.option("shapes", "4x128,8x256,8x512", "layers x width of what is trained; quality takes the first")
     parser.option("rounds", 9, "turns of each contender")
     parser.option("device", "auto", "auto, cpu or cuda")
     parser.option("prepare_mb", 100, "size of the file that prepare.py is measured on")

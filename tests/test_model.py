@@ -127,7 +127,7 @@ def test_agrees_with_an_independent_implementation(pos, smear):
 
 
 def test_the_fast_attention_of_bfloat16_agrees_with_the_plain_one(monkeypatch):
-    """On CPU, training in bfloat16 takes products and a softmax instead of the fused kernel."""
+    """On CPU, bfloat16 takes products and a softmax instead of the fused kernel."""
     model, idx = make_model(), tokens(2, 33)
     def loss_and_gradient(dtype):
         model.zero_grad()

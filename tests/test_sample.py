@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import sample
+from model import Cache
 from prepare import load_tokenizer
-from test_model import make_model
+from test_model import POSITIONS, make_model
 
 EOT = 96
 
@@ -21,6 +22,20 @@ def test_greedy_equals_the_argmax_of_the_uncached_model(pos):
     while len(expected) < 32 and (len(expected) == 5 or expected[-1] != EOT):
         expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
     assert found == expected[5:] and len(found) > 3
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("smear", [True, False])
+def test_numpys_step_is_the_models(pos, smear):
+    """Its logits after every token, and greedy text that outgrows the context."""
+    model = make_model(pos=pos, smear=smear)
+    fast = sample.NumpyGPT(model)
+    texts = [[t.item() for t in sample.generate(m, [3, 1, 4], 60, [0], eot=-1, temperature=0)] for m in (model, fast)]
+    assert texts[0] == texts[1]
+    plain, cache = model(torch.tensor([texts[0][:32]])), Cache(model, 1)
+    with torch.inference_mode():
+        found = [fast(torch.tensor([[token]]), cache=cache) for token in texts[0][:32]]
+    torch.testing.assert_close(torch.cat(found, 1), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_a_full_context_slides():
@@ -70,6 +85,8 @@ def test_stories_from_the_command_line(run, in_prepared, capsys):
     tokens, encoding = np.fromfile(f"{run}/samples.bin", "<u2"), load_tokenizer("tiny")
     assert encoding.decode(tokens.tolist()).split("<|endoftext|>")[2].strip() == one.strip()
     assert (tokens == encoding.eot_token).sum() == 4
+    sample.main([*options, "--num_samples=2", "--dtype=bfloat16"])
+    assert capsys.readouterr().out.count("Once upon a time") == 2
 
 
 def test_text_streams_on_after_bytes_that_are_no_text(capsys):
