@@ -15,8 +15,10 @@ sentence there are several tellings, which look like
 """
 import collections
 import functools
+import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -405,21 +407,27 @@ def tell(rng, facts=1.0, reasoning=1.0):
     return t
 
 
-def lego(rng, min_vars=3, max_vars=6):
-    """A chain of variables, each plus or minus the one before, in random order; then all are resolved in order."""
+def lego(rng, min_vars=3, max_vars=6, in_order=True):
+    """A chain of variables, each plus or minus the one before, in random order; then all are resolved, in the order of
+    the chain or in any (after LEGO, Zhang et al. 2022, arXiv 2206.04301).
+
+    A span's depth: in order, its place in the chain; else how many variables lie between it and the nearest whose value
+    is already written, all of which must be resolved in mind."""
     t = Tale(rng)
     t.plot, t.split = "lego", "val" if t.chance(VAL_SHARE) else "train"
     longest = min(26, 2 * max_vars) if t.split == "val" else max_vars
     names = t.shuffle("abcdefghijklmnopqrstuvwxyz", t.choose(range(min_vars, longest + 1)))
     signs = [t.choose((1, -1)) for _ in names]
     clauses = [f"{name} = {'-+'[sign > 0]}{source}" for name, sign, source in zip(names, signs, ["1", *names])]
-    story, value = ", ".join(t.shuffle(clauses, len(clauses))) + ".\n", 1
-    for depth, (name, sign) in enumerate(zip(names, signs)):
-        value *= sign
-        story += f"{', ' if depth else ''}{name} = "
-        t.spans.append({"start": len(story), "end": len(story) + 2, "skill": "reasoning", "wrong": f"{-value:+d}",
-                        "kind": "lego", "depth": depth})
-        story += f"{value:+d}"
+    values = list(itertools.accumulate(signs, operator.mul))
+    order = list(range(len(names))) if in_order else t.shuffle(range(len(names)), len(names))
+    story = ", ".join(t.shuffle(clauses, len(clauses))) + ".\n"
+    for n, place in enumerate(order):
+        between = min(abs(place - known) for known in (-1, *order[:n])) - 1
+        story += f"{', ' if n else ''}{names[place]} = "
+        t.spans.append({"start": len(story), "end": len(story) + 2, "skill": "reasoning", "kind": "lego",
+                        "wrong": f"{-values[place]:+d}", "depth": place if in_order else between})
+        story += f"{values[place]:+d}"
     t.parts = [story + ".", " "]
     return t
 
@@ -477,11 +485,12 @@ def main(argv=None):
     parser.option("reasoning", 1.0, "how much of the stories is about reasoning (0: nothing)")
     parser.option("min_vars", 3, "fewest variables of a LEGO chain")
     parser.option("max_vars", 6, "most variables of a LEGO chain for train; val has up to twice as many")
+    parser.option("in_order", True, "resolve LEGO's variables along the chain; False: in any order")
     args = parser.parse_args(argv)
     if args.n < 1 or min(args.seed, args.facts, args.reasoning) < 0 or not 1 <= args.min_vars <= args.max_vars <= 26:
         sys.exit("--n has to be positive, the other numbers not negative, and 1 <= min_vars <= max_vars <= 26: "
                  "try python world.py --n=1000")
-    used = ("min_vars", "max_vars") if args.kind == "lego" else ("facts", "reasoning")
+    used = ("min_vars", "max_vars", "in_order") if args.kind == "lego" else ("facts", "reasoning")
     settings = {setting: getattr(args, setting) for setting in used}
     begun = time.time()
     try:

@@ -314,23 +314,29 @@ def test_scales(setting, skill):
     assert none == 0 < 100 < some < 0.7 * much
 
 
-def test_lego_chains_resolve():
+@pytest.mark.parametrize("in_order", [True, False])
+def test_lego_chains_resolve(in_order):
     longest = {"train": 0, "val": 0}
-    for told in world.stories(2000, 2, "lego", min_vars=2, max_vars=5):
+    for told in world.stories(2000, 2, "lego", min_vars=2, max_vars=5, in_order=in_order):
         given, resolved = told["story"].split("\n")
         clauses = dict(re.findall(r"([a-z]) = ([+-][a-z1])", given))
         longest[told["split"]] = max(longest[told["split"]], len(clauses))
 
+        known = {-1}  # places in the chain whose values can be read
+
         def resolve(name):
             sign, source = clauses[name]
-            depth, value = (0, 1) if source == "1" else resolve(source)
-            return depth + (source != "1"), value if sign == "+" else -value
+            place, value = (-1, 1) if source == "1" else resolve(source)
+            return place + 1, value if sign == "+" else -value
 
         answers = re.findall(r"([a-z]) = ([+-]1)", resolved)
         assert len(answers) == len(clauses) == len(told["spans"])
         for (name, answer), span in zip(answers, told["spans"]):
-            assert resolve(name) == (span["depth"], int(answer)) and int(span["wrong"]) == -int(answer)
+            place, value = resolve(name)
+            assert value == int(answer) == -int(span["wrong"])
             assert told["story"][span["start"]:span["end"]] == answer
+            assert span["depth"] == min(abs(place - other) for other in known) - 1
+            known.update(() if in_order else [place])
     assert longest == {"train": 5, "val": 10}
 
 
