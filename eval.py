@@ -539,7 +539,9 @@ def sections(subject, wanted, probes, prompts, device, args):
     probes = [{**probe, "prompt": subject.before + probe["prompt"]} for probe in probes]
     for name in subject.datasets:
         if "loss" in wanted:
-            yield f"loss on {name}", loss(subject, name)
+            with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
+                figures = loss(subject, name)
+            yield f"loss on {name}" + (f" in {args.dtype}" if args.dtype != "float32" else ""), figures
     if "probes" in wanted:
         sets = {"probes": probes, **{f"spans of {d}": read_spans(d, args.spans, by="kind") for d in subject.datasets}}
         counts = count_phrases({c for some in sets.values() for p in some for c in p["right"] + p["wrong"]},
@@ -586,7 +588,7 @@ def main(argv=None):
     parser.option("context", 0, "tokens that a run sees at once (0: as in training); writes context<n>.eval.json")
     parser.option("seeds", False, "show runs that differ in their seed alone as one: mean, lowest and highest")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
-    parser.option("dtype", "float32", "float32, or bfloat16: faster for large models, and nearly the same figures",
+    parser.option("dtype", "float32", "of the loss: float32, or bfloat16: faster for large models, and nearly the same",
                   choices=("float32", "bfloat16"))
     args = parser.parse_args(argv)
     if args.stories:
@@ -602,7 +604,7 @@ def main(argv=None):
         sys.exit("--each, --max_tokens, --concurrency and --spans must be at least 1, and --context 2")
     probes = read_list("probes", args.probes, lambda item: {"skill", "kind", "prompt", "right", "wrong"} <= set(item))
     prompts = read_list("prompts", args.prompts, lambda item: isinstance(item, str))
-    device, dtype = pick_device(args.device, args.dtype)
+    device, _ = pick_device(args.device, "float32")
     results, folders, settings = {}, {}, {}
     for name in args.runs or [find_run()]:
         subject = load(name, device, args)
@@ -611,10 +613,9 @@ def main(argv=None):
             with open(path) as f:
                 result = json.load(f)
         result["model"] = subject.about
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for title, figures in sections(subject, wanted, probes, prompts, device, args):
-                result[title] = figures
-                write_whole(path, json.dumps(result, indent=1))
+        for title, figures in sections(subject, wanted, probes, prompts, device, args):
+            result[title] = figures
+            write_whole(path, json.dumps(result, indent=1))
         results[name], folders[name], settings[name] = result, subject.folder, subject.settings
     brackets = "95 % intervals, bootstrapped over stories, probes or prompts"
     if args.seeds:

@@ -15,10 +15,8 @@ sentence there are several tellings, which look like
 """
 import collections
 import functools
-import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -419,14 +417,15 @@ def lego(rng, min_vars=3, max_vars=6, in_order=True):
     names = t.shuffle("abcdefghijklmnopqrstuvwxyz", t.choose(range(min_vars, longest + 1)))
     signs = [t.choose((1, -1)) for _ in names]
     clauses = [f"{name} = {'-+'[sign > 0]}{source}" for name, sign, source in zip(names, signs, ["1", *names])]
-    values = list(itertools.accumulate(signs, operator.mul))
-    order = list(range(len(names))) if in_order else t.shuffle(range(len(names)), len(names))
+    values = [math.prod(signs[:i + 1]) for i in range(len(signs))]
+    order = range(len(names)) if in_order else t.shuffle(range(len(names)), len(names))
     story = ", ".join(t.shuffle(clauses, len(clauses))) + ".\n"
     for n, place in enumerate(order):
         between = min(abs(place - known) for known in (-1, *order[:n])) - 1
         story += f"{', ' if n else ''}{names[place]} = "
-        t.spans.append({"start": len(story), "end": len(story) + 2, "skill": "reasoning", "kind": "lego",
-                        "wrong": f"{-values[place]:+d}", "depth": place if in_order else between})
+        t.spans.append({"start": len(story), "end": len(story) + 2, "skill": "reasoning",
+                        "kind": "lego" if in_order else "lego in any order", "wrong": f"{-values[place]:+d}",
+                        "depth": place if in_order else between})
         story += f"{values[place]:+d}"
     t.parts = [story + ".", " "]
     return t

@@ -218,7 +218,7 @@ def evaluation(args):
     start = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16):
         score(model, tokens, 0)
-    yield "… in bfloat16 (eval.py --dtype=bfloat16)", [time.perf_counter() - start], ""
+    yield "… with eval.py --dtype=bfloat16", [time.perf_counter() - start], ""
     model = GPT(GPTConfig(4096, 256, 8, 4, 128)).to(device)
     start = time.perf_counter()
     for first in range(0, 500, 50):
@@ -243,13 +243,13 @@ def trained(args, *options, launcher=()):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launcher, ROOT / "train.py", f"--dataset={args.dataset}", f"--device={args.device}",
                    f"--out_dir={folder}/run", "--compile=True", "--evals=0", *options]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     return dict(line.split(":", 1) for line in lines if re.match(r"[a-z_]+: ", line))
 
 
 def quality(args):
-    """Bits per byte of train.py after --minutes, and of nanoGPT's model with AdamW after --peer_minutes, on the same data;
-    or of both after --tokens. nanoGPT: batches of 16 x 256, bfloat16, compiled, cosine. Compiling is not counted."""
+    """Bits per byte of train.py after --minutes, and of nanoGPT's model with AdamW after --peer_minutes, on the same
+    data; or of both after --tokens. nanoGPT: batches of 16 x 256, bfloat16, compiled, cosine. Compiling is not counted."""
     layers, width = map(int, args.shapes.split(",")[0].split("x"))
     if args.minutes:
         budget = f"--max_tokens={args.tokens}" if args.tokens else f"--max_minutes={args.minutes}"
@@ -285,12 +285,13 @@ def quality(args):
         seconds = time.perf_counter() - start
         progress = step * 4096 / args.tokens if args.tokens else seconds / (60 * args.peer_minutes)
     result = evaluate(Peer(model), args.dataset)
-    yield (f"val_bpb of nanoGPT, {layers}x{width}, lr {args.peer_lr:g}, {seconds / 60:.1f} minutes", [result["val_bpb"]],
-           f"{step * 4096:,} tokens, {step * 4096 / seconds:,.0f} a second")
+    yield (f"val_bpb of nanoGPT, {layers}x{width}, lr {args.peer_lr:g}, {seconds / 60:.1f} minutes",
+           [result["val_bpb"]], f"{step * 4096:,} tokens, {step * 4096 / seconds:,.0f} a second")
 
 
 def growth(args):
-    """What a step costs against the model's size, the context and the vocabulary: tokens a second, memory."""
+    """What a step costs against the model's size, the context and the vocabulary: tokens a second, memory; and one
+    process against two."""
     best = ["this bfloat16"]
     for width in (64, 128, 256, 512):
         (seconds, memory), = race(best, "train", 8, width, 16, args)[0].values()
@@ -301,7 +302,7 @@ def growth(args):
     for vocabulary in (1024, 4096, 16384):
         (seconds, memory), = race(best, "train", 8, 128, 16, args, vocabulary=vocabulary)[0].values()
         yield f"tokens/s of training 8x128, vocabulary {vocabulary}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
-    for processes in (1, 2):
+    for processes in (1, 2)[:torch.cuda.device_count() or 2]:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
         summary = trained(args, "--max_steps=150", f"--batch_size={16 // processes}", launcher=launcher)
         yield f"tokens/s of train.py, {processes} process(es)", [float(summary["tokens_per_second"])], ""
@@ -314,7 +315,7 @@ def startup(args):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             process = subprocess.Popen(
-                [sys.executable, ROOT / "train.py", f"--dataset={args.dataset}", f"--device={args.device}",
+                [sys.executable, "-u", ROOT / "train.py", f"--dataset={args.dataset}", f"--device={args.device}",
                  "--compile=False", "--log_interval=1", f"--out_dir={folder}/run"], text=True, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL)
             while not process.stdout.readline().startswith("step 1:"):

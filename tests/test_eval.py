@@ -102,6 +102,9 @@ def test_bits_per_byte_of_a_run(run, in_prepared, capsys):
     assert 0 < low < bpb < high < 0.7 * blind["val_bpb"] and high - low < 0.1 * bpb
     trained, _ = eval.load_model(run)
     assert bpb == pytest.approx(eval.evaluate(trained, "tiny")["val_bpb"], rel=1e-5)
+    eval.main([run, "--device=cpu", "--only=loss", "--dtype=bfloat16"])
+    rough = read_results(run)["loss on tiny in bfloat16"]["val_bpb"][0]
+    assert rough == pytest.approx(bpb, rel=1e-3) and rough != bpb
 
 
 def test_the_first_stories_can_stand_for_all(in_prepared):

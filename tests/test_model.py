@@ -136,10 +136,15 @@ def test_the_fast_attention_of_bfloat16_agrees_with_the_plain_one(monkeypatch):
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
     plain, plain_grad = loss_and_gradient(torch.float32)
+    expected = model(idx[:, :32])
     monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")  # so this takes the other way
     fast, fast_grad = loss_and_gradient(torch.bfloat16)
     assert fast == pytest.approx(plain, rel=5e-3)
     assert torch.cosine_similarity(plain_grad, fast_grad, dim=0) > 0.999
+    with torch.no_grad():  # and a token at a time, through the cache
+        cache = Cache(model.bfloat16(), 2)
+        found = torch.cat([model(token, cache=cache) for token in idx[:, :32].split(1, 1)], 1)
+    assert torch.cosine_similarity(found.float(), expected.float(), dim=-1).min() > 0.99
 
 
 def test_targets_of_minus_one_cost_nothing():
