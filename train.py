@@ -138,19 +138,56 @@ def make_world():
 # optimizer and schedule
 
 
-def make_optimizers(model, args):
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for the tables, or AdamW for all.
+def orthogonalised(x, dtype):
+    """About U V^T of x = U S V^T (M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
 
-    Muon makes the update of each matrix nearly orthogonal, so that rare directions move as far as common ones.
+    Newton-Schulz iteration of fifth degree; its coefficients, and the whole optimizer, are Jordan et al.'s (2024,
+    kellerjordan.github.io/posts/muon)."""
+    tall = x.size(0) > x.size(1)
+    x = (x.T if tall else x).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum whose update of each matrix is made nearly orthogonal, so that rare directions move as
+    far as common ones. The same as torch.optim.Muon, which always multiplies in bfloat16: without hardware for that,
+    as in most laptops' CPUs, a step of 8 x 256 took 10 times as long as here, where `dtype` can be float32."""
+
+    def __init__(self, matrices, dtype, **settings):
+        super().__init__(matrices, settings)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalised(p.grad.lerp(momentum, group["momentum"]), self.dtype)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+
+def make_optimizers(model, args):
+    """Muon for the matrices inside the blocks and AdamW for the tables, or AdamW for all.
+
     Embeddings and head get no weight decay. Beside Muon their AdamW averages gradients over fewer steps and squares
     over more than usual: most rows of a table have no gradient in most steps."""
     matrices = list(model.blocks.parameters())
     tables = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
-    fused = model.head.weight.device.type == "cuda"
+    device = model.head.weight.device
+    fused = device.type == "cuda"
     if args.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": tables, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
-    return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
+    products = torch.bfloat16 if pick_device(str(device))[1] == torch.bfloat16 else torch.float32
+    return [Muon(matrices, products, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
             torch.optim.AdamW(tables, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99), fused=fused)]
 
 

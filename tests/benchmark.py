@@ -33,9 +33,9 @@ from sample import NumpyGPT, generate
 from train import command_line, keep_large_blocks, make_optimizers, peak_memory
 
 VOCABULARY = 8192
-TRAIN = ["this float32", "this bfloat16", "this bfloat16 compiled", "this bfloat16 compiled muon", "nanoGPT float32",
-         "nanoGPT bfloat16", "nanoGPT bfloat16 compiled", "GPT-Neo float32", "GPT-Neo bfloat16"]
-SAMPLE = ["this float32", "this numpy", "this bfloat16", "nanoGPT float32", "GPT-Neo float32"]
+TRAIN = ["this float32", "this FAST", "this FAST compiled", "this FAST compiled muon", "nanoGPT float32",
+         "nanoGPT FAST", "nanoGPT FAST compiled", "GPT-Neo float32", "GPT-Neo FAST"]
+SAMPLE = ["this float32", "this numpy", "this FAST", "nanoGPT float32", "GPT-Neo float32"]
 
 # -----------------------------------------------------------------------------------------------------------------
 # contenders: child processes that build a model once, and take a turn for every line they read
@@ -66,7 +66,7 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
 
     A turn is a whole step of training on `rows` rows, or the writing of 200 tokens in `rows` streams."""
     who, _, how = name.partition(" ")
-    dtype = torch.bfloat16 if "bfloat16" in how else torch.float32
+    dtype = getattr(torch, how.split()[0], torch.float32)
     print_, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints as it builds
     device = torch.device(device)
     model, loss = build(who, layers, width, length, vocabulary, peer)
@@ -114,7 +114,7 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
 def race(names, task, layers, width, rows, args, length=256, vocabulary=VOCABULARY):
     """{name: (seconds of each turn, MB)} of the contenders, which take turns; and the cores that others used."""
     children, found = {}, {}
-    for name in names:
+    for name in dict.fromkeys(name.replace("FAST", args.fast) for name in names):
         settings = [name, task, layers, width, rows, length, vocabulary, args.peer, args.device]
         child = subprocess.Popen([sys.executable, __file__, "--contender=" + json.dumps(settings)], text=True,
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -168,11 +168,11 @@ def ceiling(args):
     """GFLOP/s of matrix products, and GB/s of copying memory: what the hardware gives at best."""
     device = torch.device(args.device)
     size = 8192 if device.type == "cuda" else 2048
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(size, size, device=device, dtype=dtype)
+    for dtype in dict.fromkeys(("float32", args.fast)):
+        a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
         found = [2 * size**3 / s / 1e9 for s in seconds_of(lambda: a @ a, device)]
-        args.ceiling = statistics.median(found)  # bfloat16's is kept
-        yield f"GFLOP/s of products, {str(dtype)[6:]}", found, ""
+        args.ceiling = statistics.median(found)  # the fast one's is kept
+        yield f"GFLOP/s of products, {dtype}", found, ""
     block = torch.ones(2**26, device=device)
     yield "GB/s of copying", [2 * block.nbytes / s / 1e9 for s in seconds_of(block.clone, device)], ""
 
@@ -215,10 +215,11 @@ def evaluation(args):
     start = time.perf_counter()
     score(model, tokens, 0)
     yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], f"{peak_memory(device):,} MB"
-    start = time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16):
-        score(model, tokens, 0)
-    yield "… with eval.py --dtype=bfloat16", [time.perf_counter() - start], ""
+    if args.fast != "float32":
+        start = time.perf_counter()
+        with torch.autocast(device.type, getattr(torch, args.fast)):
+            score(model, tokens, 0)
+        yield f"… with eval.py --dtype={args.fast}", [time.perf_counter() - start], ""
     model = GPT(GPTConfig(4096, 256, 8, 4, 128)).to(device)
     start = time.perf_counter()
     for first in range(0, 500, 50):
@@ -249,7 +250,7 @@ def trained(args, *options, launcher=()):
 
 def quality(args):
     """Bits per byte of train.py after --minutes, and of nanoGPT's model with AdamW after --peer_minutes, on the same
-    data; or of both after --tokens. nanoGPT: batches of 16 x 256, bfloat16, compiled, cosine. Compiling is not counted."""
+    data; or of both after --tokens. nanoGPT: batches of 16 x 256, compiled, cosine. Compiling is not counted."""
     layers, width = map(int, args.shapes.split(",")[0].split("x"))
     if args.minutes:
         budget = f"--max_tokens={args.tokens}" if args.tokens else f"--max_minutes={args.minutes}"
@@ -273,7 +274,7 @@ def quality(args):
             group["lr"] = args.peer_lr * min(1.0, progress / 0.02, 0.55 + 0.45 * math.cos(math.pi * progress))
         rows = [tokens[i:i + 257] for i in draw.integers(0, len(tokens) - 256, 16)]
         rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, getattr(torch, args.fast), enabled=args.fast != "float32"):
             nats = loss(forward, rows[:, :-1], rows[:, 1:])
         nats.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -292,7 +293,7 @@ def quality(args):
 def growth(args):
     """What a step costs against the model's size, the context and the vocabulary: tokens a second, memory; and one
     process against two."""
-    best = ["this bfloat16"]
+    best = ["this FAST"]
     for width in (64, 128, 256, 512):
         (seconds, memory), = race(best, "train", 8, width, 16, args)[0].values()
         yield f"tokens/s of training 8x{width}", [16 * 256 / s for s in seconds], f"{memory:,.0f} MB"
@@ -396,8 +397,8 @@ def main(argv=None):
     for part in args.only.split(","):
         if part not in PARTS:
             sys.exit(f"--only={part} is none of {', '.join(PARTS)}")
-    device, _ = pick_device(args.device, "float32")
-    args.device = str(device)
+    device, dtype = pick_device(args.device)
+    args.device, args.fast = str(device), str(dtype)[6:]  # FAST: what this device multiplies fastest in
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}; load of the last minute {os.getloadavg()[0]:.1f}")
     figures = {}

@@ -98,6 +98,25 @@ def test_every_weight_has_one_optimizer_and_tables_do_not_decay(optimizer):
         assert decay[id(p)] == (0.1 if "blocks" in name else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_takes_torchs_steps_in_any_precision(dtype):
+    torch.manual_seed(1)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 24), (48, 16), (16, 48))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
+    optimizers = train.Muon(ours, dtype, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):  # five steps of up to 0.1 in each direction
+        assert (a - b).norm() < 0.03 * b.norm()
+    exact = train.orthogonalised(torch.randn(16, 48), torch.float32)
+    assert torch.linalg.svdvals(exact).sub(0.95).abs().max() < 0.3
+
+
 def test_schedules_rise_and_fall():
     args = train.command_line().parse_args(["--warmup=0.1", "--cooldown=0.5"])
     for args.schedule, expected in (("wsd", [0, 0.5, 1, 1, 0.5, 0]), ("constant", [0, 0.5, 1, 1, 1, 1]),
