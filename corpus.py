@@ -1,4 +1,5 @@
 """How diverse files of stories are, side by side: python eval.py --stories a.jsonl b.txt"""
+import glob
 import os
 import re
 import sys
@@ -69,6 +70,7 @@ def describe(path):
 
 def compare_stories(paths):
     """Print what `describe` finds, a column a file."""
+    paths = [path for pattern in paths for path in sorted(glob.glob(pattern)) or [pattern]]
     for path in paths:
         if not os.path.isfile(path):
             sys.exit(f"no file {path}: name .jsonl or .txt files of stories")

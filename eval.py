@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from corpus import compare_stories, runs_of, words_of
 from model import find_run, load_model, pick_device
-from prepare import (INSTRUCTIONS, SKILLS, Parser, file_hash, instruction, load_meta, load_ranks,
-                     load_tokenizer, load_tokens, make_encoding, read_records, start)
+from prepare import (INSTRUCTIONS, SKILLS, Parser, instruction, load_meta, load_tokenizer, load_tokens, read_records,
+                     start)
 from report import compare, interval, over_seeds, print_table, table, write_whole
-from sample import generate
+from sample import generate, load_run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
@@ -482,16 +482,13 @@ def load(name, device, args):
         folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
         os.makedirs(folder, exist_ok=True)
     else:
-        model, checkpoint = load_model(name, device, args.context)
+        model, checkpoint, encoding = load_run(name, device, args.context)
         if name.endswith(".pt"):  # out/a/ckpt-0000064.pt: its files are out/a/ckpt-0000064.eval.json and so on
             folder, prefix, when = os.path.dirname(name), os.path.basename(name)[:-2], os.path.getmtime(name)
         else:
             when = os.path.getmtime(os.path.join(name, "ckpt.pt"))
             kept = sorted(glob.glob(os.path.join(glob.escape(name), "ckpt-*.pt")))
         prefix += f"context{args.context}." if args.context else ""
-        encoding = make_encoding(load_ranks(folder))
-        if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
-            sys.exit(f"{folder}/tokenizer.tiktoken is not the one of this model: copy it from its dataset")
     datasets = [args.dataset] if args.dataset else checkpoint["datasets"]
     instructed = any(load_meta(d)["instruct"] for d in checkpoint.get("datasets", ()) if os.path.exists(f"data/{d}"))
     about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
@@ -604,7 +601,7 @@ def main(argv=None):
         sys.exit("--each, --max_tokens, --concurrency and --spans must be at least 1, and --context 2")
     probes = read_list("probes", args.probes, lambda item: {"skill", "kind", "prompt", "right", "wrong"} <= set(item))
     prompts = read_list("prompts", args.prompts, lambda item: isinstance(item, str))
-    device, _ = pick_device(args.device, "float32")
+    device, _ = pick_device(args.device, args.dtype)
     results, folders, settings = {}, {}, {}
     for name in args.runs or [find_run()]:
         subject = load(name, device, args)

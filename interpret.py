@@ -307,7 +307,7 @@ def area(hits, others):
     """Area under the ROC curve (M,): how often a row of hits (P, M) is above one of others (N, M); ties count half."""
     ordered, hits = others.T.contiguous().sort(1).values, hits.T.contiguous()
     below = torch.searchsorted(ordered, hits) + torch.searchsorted(ordered, hits, right=True)
-    return below.double().mean(1) / 2 / len(others)
+    return below.float().mean(1) / 2 / len(others)
 
 
 @torch.inference_mode()
@@ -501,10 +501,11 @@ def main(argv=None):
     device, _ = pick_device(args.device, "float32")
     found = [study(run, args, device) for run in args.runs or [find_run()]]
     for r in found:
-        folder = os.path.dirname(r["run"]) if r["run"].endswith(".pt") else r["run"]
-        write_whole(os.path.join(folder, "interpret.json"), json.dumps(r, ensure_ascii=False))
-        write_whole(os.path.join(folder, "interpret.html"), inside(r, found))
-        print(f"{folder}/interpret.html and interpret.json are written")
+        # of a checkpoint out/a/ckpt-0000064.pt: out/a/ckpt-0000064.interpret.html and .json
+        path = r["run"][:-2] if r["run"].endswith(".pt") else os.path.join(r["run"], "")
+        write_whole(path + "interpret.json", json.dumps(r, ensure_ascii=False))
+        write_whole(path + "interpret.html", inside(r, found))
+        print(f"{path}interpret.html and interpret.json are written")
 
 
 if __name__ == "__main__":

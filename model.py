@@ -225,13 +225,15 @@ def pick_device(device="auto", dtype="auto"):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"--device={device} cannot be used here ({str(e).splitlines()[0]}): try --device=cpu")
-    if dtype != "auto":
-        return device, getattr(torch, dtype)
     if device.type == "cuda":
-        return device, torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return device, torch.bfloat16
-    return device, torch.float32
+        fast = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        fast = torch.bfloat16
+    else:
+        fast = torch.float32
+    if device.type == "cpu" and fast == torch.float32 and dtype not in ("auto", "float32"):
+        print(f"this CPU has no {dtype} products, and imitates them slowly: leave --dtype out", file=sys.stderr)
+    return device, fast if dtype == "auto" else getattr(torch, dtype)
 
 
 def find_run(out_dir=""):

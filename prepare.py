@@ -85,6 +85,7 @@ def boolean(text):
 
 def start(main):
     """Run a script; Ctrl-C and a reader that goes away (`| head`) end it in one line, or none."""
+    sys.stdout.reconfigure(errors="replace")  # a file or pipe on Windows does not hold every character
     try:
         main()
     except KeyboardInterrupt:

@@ -87,6 +87,17 @@ class NumpyGPT:
         return torch.from_numpy(norm(x) @ self.w_head)[None, None]
 
 
+def load_run(path, device="cpu", block_size=0):
+    """(model in float32, checkpoint, encoding) of a run's folder or a checkpoint in it; with another context, if one is
+    given."""
+    model, checkpoint = load_model(path, device, block_size)
+    folder = os.path.dirname(path) if path.endswith(".pt") else path
+    encoding = make_encoding(load_ranks(folder))
+    if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
+        sys.exit(f"{folder}/tokenizer.tiktoken is not the one this model was trained with: copy it from its dataset")
+    return model, checkpoint, encoding
+
+
 @torch.inference_mode()
 def generate(model, ids, max_tokens, seeds, eot, **how):
     """Yield the next token ids (B,) of B = len(seeds) continuations of `ids` (T,), or (B, T), until all have ended.
@@ -197,12 +208,8 @@ def main(argv=None):
         sys.exit(f"--{wrong}")
     out_dir = find_run(args.out_dir)
     device, dtype = pick_device(args.device, args.dtype)
-    model, checkpoint = load_model(out_dir, device)
+    model, _, encoding = load_run(out_dir, device)
     model = NumpyGPT(model) if device.type == "cpu" and dtype == torch.float32 else model.to(dtype)
-    out_dir = os.path.dirname(out_dir) if out_dir.endswith(".pt") else out_dir
-    encoding = make_encoding(load_ranks(out_dir))
-    if file_hash(os.path.join(out_dir, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
-        sys.exit(f"{out_dir}/tokenizer.tiktoken is not the one this model was trained with: copy it from its dataset")
     prompt = args.prompt
     if args.prompt_file:
         try:
@@ -222,7 +229,8 @@ def main(argv=None):
         return stream(model, encoding, prompt, args.max_tokens, args.seed, **how)
     stories = tell(model, encoding, prompt, args.max_tokens, seeds, **how)
     if args.out:
-        path, eot = os.path.join(out_dir, "samples.bin"), encoding.eot_token
+        folder = os.path.dirname(out_dir) if out_dir.endswith(".pt") else out_dir
+        path, eot = os.path.join(folder, "samples.bin"), encoding.eot_token
         np.array([t for story in stories for t in [eot] + story] + [eot], "<u2").tofile(path + ".tmp")
         os.replace(path + ".tmp", path)
         print(f"{len(stories)} stories written to {path}")

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -30,7 +31,6 @@ from tqdm import tqdm
 from eval import evaluate, skill_accuracy
 from model import GPT, SIZES, GPTConfig, load_checkpoint, pick_device
 from prepare import Parser, load_meta, load_tokenizer, load_tokens, start
-from prepare import main as prepare
 from sample import tell
 from world import write as write_world
 
@@ -49,9 +49,9 @@ def command_line():
     parser.option("dataset", "world", "folder under data/, or a mix: name:weight,name:weight")
     parser.option("out_dir", "", "where the run is written (default: out/<dataset>-<layers>x<width>)")
     parser.option("size", "", "a shape of the paper: " + ", ".join(SIZES), choices=["", *SIZES])
-    parser.option("n_layer", 4, "layers")
-    parser.option("n_embd", 128, "width")
-    parser.option("n_head", None, "attention heads (default: n_embd / 64)", type=int)
+    parser.option("n_layer", None, "layers (default: of --size, else 4)", type=int)
+    parser.option("n_embd", None, "width (default: of --size, else 128)", type=int)
+    parser.option("n_head", None, "attention heads (default: of --size, else n_embd / 64)", type=int)
     parser.option("block_size", 256, "tokens of context")
     parser.option("pos", "rope", "how positions are told apart", choices=("rope", "alibi", "learned", "none"))
     parser.option("smear", True, "each embedding takes in the one before; False: the plain transformer")
@@ -124,14 +124,22 @@ def read_rows(tokens, length, first, count, seed):
 
 def make_world():
     """Stories of the built-in world, written and prepared, where data/world has none: a fresh machine can train."""
-    if not os.path.exists(os.path.join("data", "world", "meta.json")):
-        if "RANK" in os.environ:
-            sys.exit("no dataset in data/world: run python world.py and python prepare.py before torchrun")
-        if not os.path.exists(os.path.join("data", "world", "stories.jsonl")):
-            print("data/world is empty: writing 50,000 stories of the built-in world (python world.py)")
-            write_world(50_000)
-        print("preparing data/world (python prepare.py --dataset=world)")
-        prepare(["--dataset=world"])
+    stories = os.path.join("data", "world", "stories.jsonl")
+    if os.path.exists(os.path.join("data", "world", "meta.json")):
+        prepared = {source["file"]: source["bytes"] for source in load_meta("world")["source"]}
+        if os.path.exists(stories) and prepared.get(stories, size := os.path.getsize(stories)) != size:
+            sys.exit(f"{stories} is not what was prepared: python prepare.py --dataset=world")
+        return
+    if "RANK" in os.environ:
+        sys.exit("no dataset in data/world: run python world.py and python prepare.py before torchrun")
+    if not os.path.exists(stories):
+        print("data/world is empty: writing 50,000 stories of the built-in world (python world.py)")
+        write_world(50_000)
+    print("preparing data/world (python prepare.py --dataset=world)", flush=True)
+    # a process of its own, whose workers, where they are spawned, then need not import this script and torch
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py")
+    if subprocess.run([sys.executable, script, "--dataset=world"]).returncode:
+        sys.exit("data/world could not be prepared")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -165,11 +173,12 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalised(p.grad.lerp(momentum, group["momentum"]), self.dtype)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalised(p.grad.lerp(mean, group["momentum"]), self.dtype)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
@@ -179,8 +188,8 @@ def make_optimizers(model, args):
 
     Embeddings and head get no weight decay. Beside Muon their AdamW averages gradients over fewer steps and squares
     over more than usual: most rows of a table have no gradient in most steps."""
-    matrices = list(model.blocks.parameters())
-    tables = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    tables = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("blocks.")]
     device = model.head.weight.device
     fused = device.type == "cuda"
     if args.optimizer == "adamw":
@@ -242,11 +251,13 @@ def save(checkpoint, path):
 
 def main(argv=None):
     args = command_line().parse_args(argv)
-    if args.size:
-        args.n_layer, args.n_embd, heads = SIZES[args.size]
-        args.n_head = args.n_head or heads
-    args.n_head = args.n_head or max(1, args.n_embd // 64)
-    args.lr = args.lr or {"muon": 0.02, "adamw": 0.002}[args.optimizer]
+    shape = dict(zip(("n_layer", "n_embd", "n_head"), SIZES.get(args.size, (4, 128, None))))
+    defaults = {**shape, "lr": {"muon": 0.02, "adamw": 0.002}[args.optimizer]}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.n_head is None:
+        args.n_head = max(1, args.n_embd // 64)
     least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_minutes=0, evals=0)
     for name, value in least.items():
         if getattr(args, name) < value:
@@ -270,7 +281,9 @@ def main(argv=None):
     # processes: one, or as many as torchrun started
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     master = rank == 0
-    if processes > 1 and torch.cuda.is_available():
+    if processes > 1 and args.device == "auto" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        args.device = "cpu"  # not a GPU for each
+    if processes > 1 and args.device in ("auto", "cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = pick_device(args.device, args.dtype)
     if processes > 1:
@@ -310,7 +323,7 @@ def main(argv=None):
     elif os.path.exists(path):
         sys.exit(f"{out_dir} holds a run: add --resume to go on with it, or name another with --out_dir=out/NAME")
     model = GPT(config).to(device)
-    if args.init_from:
+    if args.init_from and not checkpoint:
         old = load_checkpoint(args.init_from, device)
         if old["model_config"] != asdict(config) or old["tokenizer"] != tokenizer:
             differs = [f"{k}={v}" for k, v in old["model_config"].items() if asdict(config)[k] != v] or ["tokenizer"]
@@ -352,13 +365,15 @@ def main(argv=None):
         forward = DistributedDataParallel(forward)
 
     peak = next((peak for name, peak in PEAKS.items() if device.type == "cuda" and dtype != torch.float32 and
-                 re.search(rf"\b{name}\b", torch.cuda.get_device_name(device))), None)
+                 re.search(rf"\b{name}\b(?! (Ti|Laptop))", torch.cuda.get_device_name(device))), None)
+    # float32 weights and gradients, two averages of these in AdamW, one in Muon
+    memory = 16 * model.num_params() - 4 * (args.optimizer == "muon") * model.num_params(embedding=False)
     budget = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{max_steps:,} steps"
     say(f"{args.dataset}: {epoch_tokens:,} tokens an epoch; {budget} of {step_tokens:,} tokens "
         f"({accumulate} x {batch} x {args.block_size} on {processes} process(es))")
     say(f"{model.num_params():,} parameters, {model.num_params(False):,} without embedding and head; "
         f"{flops / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
-        f"{model.num_params() * 16 / 2**20:.0f} MB; {device}, {str(dtype)[6:]}{', compiled' if compiled else ''}")
+        f"{memory / 2**20:.0f} MB; {device}, {str(dtype)[6:]}{', compiled' if compiled else ''}")
 
     def progress_now():
         return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps

@@ -501,6 +501,7 @@ def main(argv=None):
     print(f"bits per byte: {total['bits'] / total['bytes']:.4f}, what all choices cost: the loss of a perfect model")
     print("spans per 100 words: " + ", ".join(f"{skill} {100 * total[skill] / total['words']:.2f}" for skill in
                                               ("grammar", "fact", "context", "reasoning")))
+    print(f"next: python prepare.py --dataset={args.name or args.kind}" + " --clean=False" * (args.kind == "lego"))
 
 
 if __name__ == "__main__":

@@ -397,10 +397,10 @@ def main(argv=None):
     for part in args.only.split(","):
         if part not in PARTS:
             sys.exit(f"--only={part} is none of {', '.join(PARTS)}")
-    device, dtype = pick_device(args.device)
+    device, dtype = pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
     args.device, args.fast = str(device), str(dtype)[6:]  # FAST: what this device multiplies fastest in
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}; load of the last minute {os.getloadavg()[0]:.1f}")
+    print(f"{name}, torch {torch.__version__}")
     figures = {}
     for part in args.only.split(","):
         for figure, values, note in PARTS[part](args):

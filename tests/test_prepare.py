@@ -336,6 +336,7 @@ def test_readers_notice_bins_that_are_cut_off_or_mixed_up(workplace):
         prepare.load_meta("y")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_ctrl_c_ends_in_one_line(workplace):
     """A terminal sends Ctrl-C to the workers too."""
     write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
@@ -358,6 +359,7 @@ def test_labels_of_an_earlier_run_do_not_stay(workplace):
     assert not os.path.exists("data/x/val.skills.bin")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_a_killed_run_leaves_the_earlier_bins(workplace):
     write_jsonl(workplace / "data/x/s.jsonl", make_stories(60))
     prepare.main(["--dataset=x", "--val_fraction=0.2"])
