@@ -42,6 +42,12 @@ def over_seeds(results, settings):
             return values[0]
         return [sum(values) / len(values), min(values), max(values)] if values else None
 
+    def along(runs):
+        """{probes: {skill: [(step, lowest, mean, highest)]}} of steps, which runs of one length share."""
+        return {title: {skill: [(points[0][0], min(p[2] for p in points), sum(p[2] for p in points) / len(points),
+                                 max(p[2] for p in points)) for points in zip(*(run[title][skill] for run in runs))]
+                        for skill in skills} for title, skills in runs[0].items()}
+
     merged = {}
     for same in dict.fromkeys(settings.values()):
         some = {name: results[name] for name in results if settings[name] == same}
@@ -49,6 +55,8 @@ def over_seeds(results, settings):
         merged[first] = {title: {name: spread([r.get(title, {}).get(name) for r in some.values()]) for name in figures}
                          for title, figures in results[first].items() if title not in ("model", "steps")}
         merged[first]["model"] = {**results[first]["model"], "runs": len(some)}
+        if all("steps" in result for result in some.values()):
+            merged[first]["steps"] = along([result["steps"] for result in some.values()])
     return merged
 
 

@@ -68,6 +68,7 @@ def command_line():
     parser.option("batch_size", 32, "rows that go through the model at once, at most; the rest of a step follows")
     parser.option("max_steps", 0, "length of the run, in steps")
     parser.option("max_tokens", 0, "… in tokens (default: 5,000,000)")
+    parser.option("max_flops", 0.0, "… in floating-point operations, by the estimate of model.py")
     parser.option("max_minutes", 0.0, "… in minutes, counted from the end of the first step, which compiles")
     parser.option("evals", 10, "evaluations, each with a sample and a checkpoint, evenly over the run")
     parser.option("eval_stories", 500, "stories that those score; the one at the end scores the whole file")
@@ -84,8 +85,8 @@ def command_line():
 
 
 # what may differ between a run and its continuation
-FREE = ("out_dir", "max_steps", "max_tokens", "max_minutes", "evals", "eval_stories", "log_interval", "keep", "resume",
-        "device", "dtype", "compile", "batch_size", "init_from", "size")
+FREE = ("out_dir", "max_steps", "max_tokens", "max_flops", "max_minutes", "evals", "eval_stories", "log_interval", "keep",
+        "resume", "device", "dtype", "compile", "batch_size", "init_from", "size")
 
 # -----------------------------------------------------------------------------------------------------------------
 # data
@@ -258,12 +259,13 @@ def main(argv=None):
             setattr(args, name, value)
     if args.n_head is None:
         args.n_head = max(1, args.n_embd // 64)
-    least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_minutes=0, evals=0)
+    least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_flops=0, max_minutes=0,
+                 evals=0)
     for name, value in least.items():
         if getattr(args, name) < value:
             sys.exit(f"--{name}={getattr(args, name)} must be at least {value}")
-    if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_minutes)) > 1:
-        sys.exit("give only one of --max_steps, --max_tokens and --max_minutes: the schedule follows it")
+    if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_flops, args.max_minutes)) > 1:
+        sys.exit("give only one of --max_steps, --max_tokens, --max_flops and --max_minutes: the schedule follows it")
     mix = parse_mix(args.dataset)
     if "world" in mix:
         make_world()
@@ -299,7 +301,6 @@ def main(argv=None):
     accumulate = rows // (batch * processes)
     step_tokens = rows * args.block_size
     epoch_tokens = sum(len(tokens) for tokens in data)
-    max_steps = args.max_steps or math.ceil((args.max_tokens or 5_000_000) / step_tokens)
 
     # the model, new or from a checkpoint
     torch.manual_seed(args.seed)
@@ -346,6 +347,7 @@ def main(argv=None):
         keep_large_blocks()
     # compiling takes half a minute or so, and makes a step up to twice as fast
     flops = model.flops_per_token()
+    max_steps = args.max_steps or math.ceil((args.max_tokens or args.max_flops / flops or 5_000_000) / step_tokens)
     worth_it = {"cpu": 2e13, "cuda": 5e15}.get(device.type, math.inf)  # FLOPs that take some two minutes without
     long = args.max_minutes > 2 if args.max_minutes else max_steps * step_tokens * flops > worth_it
     compiled = args.compile == "True" or args.compile == "auto" and long and device.type != "mps"
