@@ -194,7 +194,8 @@ def compare(results):
 
 def inside(r, results):
     """The page about one run's results, with a comparison if there are several."""
-    shape = "{n_layer} layers of {n_embd} channels and {n_head} heads".format(**r["config"])
+    c = r["config"]
+    shape = f"{c['n_layer']} layer{'s' * (c['n_layer'] > 1)} of {c['n_embd']} channels and {c['n_head']} heads"
     intro = (f"{EXTRA}<p>{shape}, counted from 0; {r['parameters']:,} parameters; "
              f"{r['stories']} validation stories of {escape(r['dataset'])}.</p>")
     compared = compare(results) if len(results) > 1 else ""
