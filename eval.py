@@ -567,7 +567,8 @@ def sections(subject, wanted, probes, prompts, device, args):
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a; the newest if none is named")
-    parser.option("only", "", "sections, of " + ",".join(SECTIONS) + " (default: those that need no judge)")
+    parser.option("only", "", "sections, of " + ",".join(SECTIONS) + ", or none: show again what eval.json holds "
+                  "(default: those that need no judge)")
     parser.option("dataset", "", "grade on this dataset's stories instead of the run's own")
     parser.add_argument("--stories", nargs="+", default=[], metavar="FILE", help="describe files of stories instead")
     parser.option("probes", os.path.join(HERE, "data", "probes.json"), "right and wrong continuations")
@@ -591,6 +592,7 @@ def main(argv=None):
     if args.stories:
         return compare_stories(args.stories)
     wanted = args.only.split(",") if args.only else [s for s in SECTIONS if s != "judge" or args.judge]
+    wanted = [] if wanted == ["none"] else wanted
     if not set(wanted) <= set(SECTIONS):
         sys.exit(f"--only={args.only} names other sections than {','.join(SECTIONS)}")
     if "judge" in wanted and not args.judge:
