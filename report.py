@@ -7,6 +7,8 @@ from html import escape
 
 import numpy as np
 
+from prepare import SKILLS
+
 # sections of eval.json, as its table shows them; spans are the dataset's own probes
 ORDER = ("model", "loss", "probes", "spans", "completions", "memorisation", "instructions", "steps", "judge")
 
@@ -178,6 +180,11 @@ def chart(title, x_label, y_label, series, log_x=False, lines=True):
     return "".join(out) + f'</svg><div class="legend">{" ".join(legend)}</div></figure>\n'
 
 
+def by_skill(names):
+    """Skills in the order of SKILLS, others after them, so that each has one colour in all charts."""
+    return sorted(dict.fromkeys(names), key=lambda name: SKILLS.index(name) if name in SKILLS else len(SKILLS))
+
+
 def compare(results, folders, brackets):
     """The page: charts of skill and loss against size, step, tokens and minutes, and the table, with a word on what
     stands in brackets."""
@@ -190,13 +197,14 @@ def compare(results, folders, brackets):
 
     for title in titles:
         if title.startswith(("probes", "spans")):
-            skills = dict.fromkeys(name for result in results.values() for name in result.get(title, ())
-                                   if not re.search("[,:]", name))
+            skills = by_skill(name for result in results.values() for name in result.get(title, ())
+                              if not re.search("[,:]", name))
             charts.append(chart(f"{title}: skill against size", size, "share passed",
                                 {skill: by_size(title, skill) for skill in skills}, log_x=True))
     for name, result in results.items():
         for title, series in result.get("steps", {}).items():
-            charts.append(chart(f"{name}, {title}: skill against step", "step", "share passed", series, log_x=True))
+            charts.append(chart(f"{name}, {title}: skill against step", "step", "share passed",
+                                {skill: series[skill] for skill in by_skill(series)}, log_x=True))
         if os.path.exists(log := os.path.join(folders[name], "log.jsonl")):
             with open(log) as f:
                 logs[name] = [record for record in map(json.loads, f) if "val_bpb" in record]
