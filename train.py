@@ -526,6 +526,7 @@ def main(argv=None):
         if progress < 1:
             say(f"stopped at step {step:,} and saved in {out_dir}: the same command with --resume goes on")
         else:
+            say(f"trained and saved in {out_dir}; scoring all validation stories")
             result = validate()
             for name in mix:
                 for skill, share in skill_accuracy(model, name).items():
