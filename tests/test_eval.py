@@ -555,6 +555,14 @@ def test_runs_of_several_seeds_are_shown_as_one():
                             "steps": {"probes": {"fact": [(1, 1, 2, 3), (2, 5, 5, 5)]}}}
 
 
+def test_what_was_measured_is_shown_again(run, in_prepared, capsys):
+    eval.main([run, "--device=cpu", "--only=loss"])
+    before = read_results(run)
+    capsys.readouterr()
+    eval.main([run, "--device=cpu", "--only=none"])
+    assert read_results(run) == before and "val_bpb" in capsys.readouterr().out
+
+
 def test_two_runs_and_their_page(run, in_prepared, capsys):
     """Sections that are not made again stay; those of an older checkpoint do not."""
     import shutil

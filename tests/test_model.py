@@ -126,6 +126,14 @@ def test_agrees_with_an_independent_implementation(pos, smear):
     assert np.allclose(model(idx)[0].detach().numpy(), logits, atol=1e-4)
 
 
+def test_a_cpu_without_bfloat16_takes_float32_and_warns_of_the_other(monkeypatch, capsys):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert pick_device("cpu") == (torch.device("cpu"), torch.float32) and not capsys.readouterr().err
+    assert pick_device("cpu", "bfloat16")[1] == torch.bfloat16
+    assert "leave --dtype out" in capsys.readouterr().err
+
+
 def test_the_fast_attention_of_bfloat16_agrees_with_the_plain_one(monkeypatch):
     """On CPU, bfloat16 takes products and a softmax instead of the fused kernel."""
     model, idx = make_model(), tokens(2, 33)
