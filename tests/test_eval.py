@@ -547,7 +547,8 @@ def test_runs_of_several_seeds_are_shown_as_one():
     part = lambda loss, passed: {"model": {"parameters": 5}, "loss": {"val_bpb": [loss, 0, 9], "stories": 7},
                                  "probes": {"fact": passed, "context": None},
                                  "steps": {"probes": {"fact": [(1, 0, loss, 9), (2, 0, 5.0, 9)]}}}
-    results = {"a-1": part(1.0, [0.5, 0.4, 0.6]), "b-1": part(7.0, [1, 1, 1]), "a-2": part(2.0, 0.25), "a-3": part(3.0, None)}
+    results = {"a-1": part(1.0, [0.5, 0.4, 0.6]), "b-1": part(7.0, [1, 1, 1]), "a-2": part(2.0, 0.25),
+               "a-3": part(3.0, None)}
     found = report.over_seeds(results, {"a-1": "x", "a-2": "x", "b-1": "y", "a-3": "x"})
     assert list(found) == ["a-1", "b-1"] and found["b-1"]["loss"]["val_bpb"] == [7, 7, 7]
     assert found["a-1"] == {"model": {"parameters": 5, "runs": 3}, "loss": {"val_bpb": [2, 1, 3], "stories": 7},
