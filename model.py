@@ -123,9 +123,12 @@ class GPT(nn.Module):
     """Decoder-only transformer: pre-norm, QK-norm, squared-ReLU MLP, no biases, untied head that starts at zero.
 
     Smear (after modded-nanogpt) adds to each token's embedding a learned share of the one before, channel by channel.
-    Knowing what stood before each earlier token, one layer can already look up what followed (an induction head)."""
+    Knowing what stood before each earlier token, one layer can already look up what followed (an induction head).
 
-    def __init__(self, config):
+    embed_std: of new embeddings. Small ones learn faster, but those of tokens that are used alike, which are pushed the
+    same way in most steps, then end nearly the same, and the model cannot tell them apart."""
+
+    def __init__(self, config, embed_std=0.1):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
@@ -147,7 +150,7 @@ class GPT(nn.Module):
             elif name == "smear":
                 nn.init.constant_(p, 0.5)
             else:
-                nn.init.normal_(p, std=0.1 if "embed" in name else config.n_embd ** -0.5)
+                nn.init.normal_(p, std=embed_std if "embed" in name else config.n_embd ** -0.5)
 
     def mask(self, T, start, device):
         """What T positions after `start` earlier ones may see: a mask for attention, or None where causal will do."""

@@ -55,6 +55,7 @@ def command_line():
     parser.option("block_size", 256, "tokens of context")
     parser.option("pos", "rope", "how positions are told apart", choices=("rope", "alibi", "learned", "none"))
     parser.option("smear", True, "each embedding takes in the one before; False: the plain transformer")
+    parser.option("embed_std", 0.1, "spread of new embeddings; 1 keeps tokens apart that are used alike, as + and -")
     parser.option("optimizer", "muon", "muon for the blocks' matrices with adamw for the rest, or adamw alone",
                   choices=("muon", "adamw"))
     parser.option("lr", None, "highest learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float)
@@ -86,7 +87,7 @@ def command_line():
 
 # what may differ between a run and its continuation
 FREE = ("out_dir", "max_steps", "max_tokens", "max_flops", "max_minutes", "evals", "eval_stories", "log_interval",
-        "keep", "resume", "device", "dtype", "compile", "batch_size", "init_from", "size")
+        "keep", "resume", "device", "dtype", "compile", "batch_size", "init_from", "embed_std", "size")
 
 # -----------------------------------------------------------------------------------------------------------------
 # data
@@ -259,7 +260,7 @@ def main(argv=None):
     if args.n_head is None:
         args.n_head = max(1, args.n_embd // 64)
     least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_flops=0,
-                 max_minutes=0, evals=0)
+                 max_minutes=0, evals=0, embed_std=0.001)
     for name, value in least.items():
         if getattr(args, name) < value:
             sys.exit(f"--{name}={getattr(args, name)} must be at least {value}")
@@ -322,7 +323,7 @@ def main(argv=None):
                      "run with another --out_dir")
     elif os.path.exists(path):
         sys.exit(f"{out_dir} holds a run: add --resume to go on with it, or name another with --out_dir=out/NAME")
-    model = GPT(config).to(device)
+    model = GPT(config, args.embed_std).to(device)
     if args.init_from and not checkpoint:
         old = load_checkpoint(args.init_from, device)
         if old["model_config"] != asdict(config) or old["tokenizer"] != tokenizer:
