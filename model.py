@@ -125,8 +125,8 @@ class GPT(nn.Module):
     Smear (after modded-nanogpt) adds to each token's embedding a learned share of the one before, channel by channel.
     Knowing what stood before each earlier token, one layer can already look up what followed (an induction head).
 
-    embed_std: of new embeddings. Small ones learn faster, but those of tokens that are used alike, which are pushed the
-    same way in most steps, then end nearly the same, and the model cannot tell them apart."""
+    New embeddings are drawn with deviation `embed_std`. Small ones learn faster; but tokens that are used alike are
+    pushed the same way in most steps, and from a small beginning end nearly the same: no layer can tell them apart."""
 
     def __init__(self, config, embed_std=0.1):
         super().__init__()

@@ -38,12 +38,6 @@ def test_loss_at_the_start_is_that_of_a_blind_guess():
     assert model(tokens(4, 32), tokens(4, 32, seed=2)).mean().item() == pytest.approx(math.log(97), abs=1e-4)
 
 
-def test_new_embeddings_are_spread_as_asked():
-    config = GPTConfig(vocab_size=4096, block_size=32, n_layer=1, n_head=2, n_embd=32)
-    assert GPT(config).embed.weight.std().item() == pytest.approx(0.1, rel=0.01)
-    assert GPT(config, embed_std=1).embed.weight.std().item() == pytest.approx(1, rel=0.01)
-
-
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_cached_logits_equal_plain_ones(pos):
     """Read in pieces through the cache (several tokens, then one at a time) as at once."""

@@ -228,6 +228,7 @@ def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
     (["--out_dir=out/new", "--init_from=out/base", "--n_embd=64"], "it has another n_embd=32"),
     (["--out_dir=out/new", "--resume"], "no checkpoint out/new/ckpt.pt"),
     (["--out_dir=out/new", "--max_steps=3", "--max_minutes=1"], "give only one of"),
+    (["--out_dir=out/new", "--embed_std=0"], "--embed_std=0.0 must be at least 0.001"),
     (["--out_dir=out/new", "--log_interval=0"], "--log_interval=0 must be at least 1"),
     (["--out_dir=out/new", "--batch_tokens=16"], "--batch_tokens=16 is 0 rows"),
     (["--out_dir=out/new", "--block_size=100000"], "fewer than one block"),
@@ -302,6 +303,13 @@ def test_a_warm_run_goes_on_when_the_old_one_is_gone(in_prepared):
     shutil.rmtree("out/cold")
     run("warmed", "--max_steps=4", "--init_from=out/cold", "--resume")
     assert load_checkpoint("out/warmed")["step"] == 4
+
+
+def test_new_embeddings_are_spread_as_asked(in_prepared):
+    for std in (0.1, 1):
+        run(f"std{std}", "--max_steps=1", f"--embed_std={std}")
+        spread = load_model(f"out/std{std}")[0].embed.weight.std().item()
+        assert spread == pytest.approx(std, rel=0.2)  # which one step has hardly changed
 
 
 def test_a_size_is_a_shape_whose_parts_can_be_changed(in_prepared):
