@@ -393,8 +393,9 @@ def memorisation(subject, dataset, args):
 
 
 def instructions(subject, dataset, args):
-    """Share of the words and sentences asked for that the story has, for fields that stood together in train and for
-    those that were held out, on validation stories that were prepared with --instruct."""
+    """Share of what was asked for that the story has, for fields that stood together in train and for those that were
+    held out, on validation stories that were prepared with --instruct: the words, the sentence, and the summary's
+    words of four letters or more, beside those of another story's summary, which are there by chance."""
     from generate import missing  # which knows the inflections
     meta, encoding = load_meta(dataset), load_tokenizer(dataset)
     hold_out, asked, figures = set(meta["instruct"]["hold_out"]), {"seen": [], "held-out": []}, {}
@@ -403,7 +404,7 @@ def instructions(subject, dataset, args):
         fields = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
         fields = {name: fields[title] for name, title in INSTRUCTIONS.items() if title in fields}
         group = asked["held-out" if hold_out and hold_out <= set(fields) else "seen"]
-        if end and len(group) < 60 and set(fields) & {"words", "sentence"}:
+        if end and len(group) < 60 and set(fields) & {"words", "sentence", "summary"}:
             group.append((head + end, fields))
     for name, group in asked.items():
         told = complete(subject, [prompt for prompt, _ in group], args.max_tokens, title="following instructions")
@@ -413,6 +414,11 @@ def instructions(subject, dataset, args):
             [len(some) - len(missing(some, text)) for some, text in words], [len(some) for some, _ in words])
         figures[f"sentences included, {name} combinations"] = interval(
             [fields["sentence"] in text for (_, fields), text in zip(group, told) if "sentence" in fields])
+        used = [set(re.findall(r"\w+", text)) for text in told]
+        wanted = [set(re.findall(r"\w{4,}", fields.get("summary", ""))) for _, fields in group]
+        for what, some in (("summary's words used", wanted), ("another summary's words", wanted[1:] + wanted[:1])):
+            figures[f"{what}, {name} combinations"] = interval(
+                [len(a & b) for a, b in zip(some, used)], [len(a) for a in some])
     return figures
 
 

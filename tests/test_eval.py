@@ -363,15 +363,18 @@ def test_marked_words_are_found_where_the_stories_lie(workplace):
 def test_instructions_followed(workplace):
     """A parrot of the validation stories has what their instructions ask for; one that knows nothing has not."""
     write_jsonl(workplace / "data/x/stories.jsonl", [
-        {**r, "words": ["took", r["words"][0], "happy"]} for r in make_stories(600)])
+        {**r, "words": ["took", r["words"][0], "happy"], "summary": r["summary"].replace("takes", "took")}
+        for r in make_stories(600)])
     prepare(["--dataset=asked", "--input=data/x", "--instruct", "--hold_out=words+summary", "--vocab_size=512",
              "--val_fraction=0.2"])
     meta, args = load_meta("asked"), SimpleNamespace(max_tokens=150)
     parrot = Parrot(load_tokens("asked", "val"), meta["eot"], meta["vocab_size"])
     found = eval.instructions(stand_in(parrot, "asked"), "asked", args)
-    assert set(found) == {f"{what}, {group} combinations" for what in ("words used", "sentences included")
+    told = ("words used", "sentences included", "summary's words used")
+    assert set(found) == {f"{what}, {group} combinations" for what in (*told, "another summary's words")
                           for group in ("seen", "held-out")}
-    assert all(value == [1, 1, 1] for value in found.values())
+    assert all((value == [1, 1, 1]) == what.startswith(told) for what, value in found.items())
+    assert all(0 < value[0] < 0.8 for what, value in found.items() if what.startswith("another"))
     parrot.next = {}
     found = eval.instructions(stand_in(parrot, "asked"), "asked", args)
     assert all(value == [0, 0, 0] for value in found.values())
