@@ -501,6 +501,8 @@ def load(name, device, args):
              "context": model.config.block_size, "step": checkpoint.get("step")}
     settings = {k: v for k, v in checkpoint.get("args", {"of": name}).items() if k not in ("seed", "out_dir", "resume")}
     settings["init_from"] = settings.get("init_from", "").rstrip("0123456789")  # out/warm-1 and out/warm-2 are alike
+    if not settings.get("max_minutes"):
+        settings["step"] = checkpoint.get("step")  # one of them may have been cut short
     return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], datasets=datasets,
                            before=instruction({}) if instructed else "", kept=kept, time=when, about=about,
                            settings=json.dumps([prefix, settings]), folder=folder,

@@ -559,6 +559,19 @@ def test_runs_of_several_seeds_are_shown_as_one():
                             "steps": {"probes": {"fact": [(1, 1, 2, 3), (2, 5, 5, 5)]}}}
 
 
+def test_a_run_cut_short_is_no_seed_of_the_others(run, in_prepared):
+    import shutil
+    shutil.copytree(run, "out/cut", dirs_exist_ok=True)
+    checkpoint = torch.load("out/cut/ckpt.pt", weights_only=True)
+    settings = []
+    for seed, step in ((2, checkpoint["step"]), (3, checkpoint["step"] - 1)):
+        checkpoint["args"]["seed"], checkpoint["step"] = seed, step
+        torch.save(checkpoint, "out/cut/ckpt.pt")
+        settings.append(eval.load("out/cut", torch.device("cpu"), SimpleNamespace(context=0, dataset="")).settings)
+    whole = eval.load(run, torch.device("cpu"), SimpleNamespace(context=0, dataset="")).settings
+    assert settings[0] == whole != settings[1]
+
+
 def test_what_was_measured_is_shown_again(run, in_prepared, capsys):
     eval.main([run, "--device=cpu", "--only=loss"])
     before = read_results(run)
