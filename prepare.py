@@ -9,6 +9,7 @@ last), tokenizer.tiktoken and meta.json. Whoever reads them does so through load
 import argparse
 import base64
 import difflib
+import errno
 import glob
 import hashlib
 import heapq
@@ -44,7 +45,7 @@ URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 VERSIONS = {1: ("TinyStories-train.txt", "TinyStories-valid.txt"),
             2: ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
 UNFINISHED = "unfinished"  # folder for the new files in the dataset's, until all are there
-SPLITS = {"tra": "train", "val": "val"}  # by how names of splits begin: train, training, val, valid, validation
+SPLITS = {"tra": "train", "val": "val"}  # by how their names begin: train, training, val, valid, validation
 BLOCK = 1 << 21  # bytes of stories that a worker takes at a time
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -57,17 +58,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.switches = set()
 
     def option(self, name, default, help, type=None, **more):
         """Add `--name`; its type is that of its default, and a switch may be given as `--name` or `--name=False`."""
         if isinstance(default, bool):
-            type, more = boolean, dict(nargs="?", const=True, metavar="BOOL")
+            type, more["metavar"] = boolean, "BOOL"
+            self.switches.add(f"--{name}")
         if default in (None, "") or "(default:" in help:
             help += "%(default).0s"  # the formatter adds no default where one is mentioned
         self.add_argument(f"--{name}", default=default, type=type or default.__class__, help=help, **more)
 
     def parse_args(self, args=None, namespace=None):
-        known, unknown = self.parse_known_args(args, namespace)
+        args = sys.argv[1:] if args is None else args
+        known, unknown = self.parse_known_args([a + "=True" if a in self.switches else a for a in args], namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
             self.error(f"unknown option {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "try --help"))
@@ -84,14 +88,21 @@ def boolean(text):
 
 
 def start(main):
-    """Run a script; Ctrl-C and a reader that goes away (`| head`) end it in one line, or none."""
-    sys.stdout.reconfigure(errors="replace")  # a file or pipe on Windows does not hold every character
+    """Run a script; Ctrl-C, a reader that goes away (`| head`) and a full disk end it in one line, or none."""
+    # a file or pipe on Windows does not hold every character, and a pipe shows progress only line by line
+    if hasattr(sys.stdout, "reconfigure"):  # not so in IDLE
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    except KeyboardInterrupt:  # end as if it had never been caught, so that a shell's loop ends too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at exit
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        sys.exit("the disk is full: make room, then the same command again")
 
 
 QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
@@ -160,7 +171,7 @@ def find_files(source):
         paths = [own]
     else:
         paths = sorted(path for end in ("txt", "jsonl") for path in glob.glob(f"{glob.escape(source)}/*.{end}"))
-    named = [re.search(r"(?:^|[-_.])(train|valid|val)\.\w+$", os.path.basename(path)) for path in paths]
+    named = [re.search(r"(?:^|[-_.])(train|val)(?:ing|id|idation)?\.\w+$", os.path.basename(path)) for path in paths]
     return [(path, match and SPLITS[match[1][:3]]) for path, match in zip(paths, named)]
 
 
@@ -233,7 +244,7 @@ def repair(text):
     return text if text.isascii() else MOJIBAKE.sub(decode, text)
 
 
-def judge(block, file_split):
+def fates_of(block, file_split):
     """(fingerprint, fate, whether it was repaired) of each story of a block; its fate is a split, or why it goes."""
     found = []
     for record in read_block(*block):
@@ -255,7 +266,7 @@ def choose(files, args):
     files = sorted(files, key=lambda file: ("val", None, "train").index(file[1]))
     plan, counts, kept, seen = [], Counter(), {"train": 0, "val": 0}, {}
     tasks = [(block, split) for path, split in files for block in cut(path)]
-    for (block, file_split), found in run_workers(judge, tasks, "reading", args):
+    for (block, file_split), found in run_workers(fates_of, tasks, "reading", args):
         plan.append((block, []))
         for key, fate, repaired in found:
             if fate in kept and key in seen:
@@ -507,7 +518,7 @@ def make_ranks(plan, args):
 
 
 def prepare(args):
-    """Read, clean, tokenize and write one dataset, as `args` (the command line's) say; returns its meta."""
+    """Read, clean, tokenize and write one dataset, as `args` (the command line's) say."""
     started, folder = time.time(), f"data/{args.dataset}"
     files = find_sources(args, folder)
     plan, counts = choose(files, args)
@@ -554,7 +565,6 @@ def prepare(args):
             split, meta[split]["bytes"] / meta[split]["tokens"], **meta[split]))
     print(f"vocabulary {meta['vocab_size']:,}" + (f", {coverage:.2%} of GPT-2's tokens kept whole" if coverage else "")
           + f"; {folder} is ready after {time.time() - started:.0f} s: python train.py --dataset={args.dataset}")
-    return meta
 
 
 def file_hash(path):
@@ -607,7 +617,7 @@ def load_tokens(dataset, name):
     return np.memmap(path, "<u2", mode="r")
 
 
-def command_line():
+def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.option("dataset", "world", "folder under data/ to write to; its .txt and .jsonl files are read")
     parser.option("input", "", "a file or folder to read instead: JSON lines with `story`, or text split by " + EOT)
@@ -616,16 +626,12 @@ def command_line():
     parser.option("tokenizer", "bpe", "bpe, gpt2 (its most used tokens), or the folder of a dataset to share one with")
     parser.option("vocab_size", None, "4096 for bpe, 10000 for gpt2, <|endoftext|> included", type=int)
     parser.option("val_fraction", 0.01, "share held out where neither file names nor records name a split")
-    parser.option("max_stories", -1, "keep only so many train stories")
+    parser.option("max_stories", None, "keep only so many train stories (default: all)", type=int)
     parser.option("clean", True, "repair and remove broken and repeated stories")
     parser.option("instruct", False, "put features, words, summary and a sentence before each story, where known")
     parser.option("hold_out", "", "instructions never together in train, e.g. words+summary")
     parser.option("seed", 1, "of the instructions drawn")
-    return parser
-
-
-def main(argv=None):
-    args = command_line().parse_args(argv)
+    args = parser.parse_args(argv)
     if args.vocab_size is None:
         args.vocab_size = 10_000 if args.tokenizer == "gpt2" else 4096
     if not 257 <= args.vocab_size <= 65_535:
@@ -636,7 +642,8 @@ def main(argv=None):
     try:
         prepare(args)
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: data/{args.dataset} is as it was before; the same command starts again")
+        sys.exit(f"interrupted: data/{args.dataset} is as it was before, but for what was downloaded, which stays; "
+                 "the same command goes on")
     finally:
         shutil.rmtree(f"data/{args.dataset}/{UNFINISHED}", ignore_errors=True)
 

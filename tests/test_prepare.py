@@ -110,6 +110,14 @@ def test_no_story_is_cut_wherever_blocks_end(workplace, monkeypatch, ending):
         assert len(blocks) > 1
 
 
+@pytest.mark.parametrize("name, split", [
+    ("train.txt", "train"), ("TinyStories-train.txt", "train"), ("training.jsonl", "train"), ("val.txt", "val"),
+    ("a_valid.txt", "val"), ("x.validation.jsonl", "val"), ("trainer.txt", None), ("valley.txt", None)])
+def test_splits_are_known_by_the_names_of_their_files(workplace, name, split):
+    (workplace / name).touch()
+    assert prepare.find_files(str(workplace)) == [(str(workplace / name), split)]
+
+
 def test_an_empty_file_has_no_stories(workplace):
     for name in ("s.txt", "s.jsonl"):
         (workplace / name).write_bytes(b"")
@@ -301,6 +309,23 @@ def test_bad_input_ends_in_one_line(workplace, file, content, expected):
     assert not os.path.exists("data/x/meta.json")
 
 
+def test_a_switch_takes_no_word_after_it():
+    parser = prepare.Parser("")
+    parser.add_argument("runs", nargs="*")
+    parser.option("seeds", False, "")
+    for words, expected in ((["--seeds", "a", "b"], True), (["a", "b", "--seeds=False"], False)):
+        assert vars(parser.parse_args(words)) == {"runs": ["a", "b"], "seeds": expected}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_full_disk_ends_in_one_line():
+    def write():
+        with open("/dev/full", "w") as f:
+            f.write("a story")
+    with pytest.raises(SystemExit, match="the disk is full: make room"):
+        prepare.start(write)
+
+
 def test_a_mistyped_option_is_refused_with_the_nearest(workplace, capsys):
     with pytest.raises(SystemExit) as error:
         prepare.main(["--max_storys=3"])
@@ -346,7 +371,8 @@ def test_ctrl_c_ends_in_one_line(workplace):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=120)[1]
-    assert told == "interrupted: data/x is as it was before; the same command starts again\n"
+    assert told == ("interrupted: data/x is as it was before, but for what was downloaded, which stays; the same "
+                    "command goes on\n")
     assert process.returncode == 1 and os.listdir("data/x") == ["s.jsonl"]
 
 
