@@ -31,6 +31,7 @@ from tqdm import tqdm
 from eval import evaluate, skill_accuracy
 from model import GPT, SIZES, GPTConfig, load_checkpoint, pick_device
 from prepare import Parser, load_meta, load_tokenizer, load_tokens, start
+from report import write_whole
 from sample import tell
 from world import write as write_world
 
@@ -51,7 +52,7 @@ def command_line():
     parser.option("size", "", "a shape of the paper: " + ", ".join(SIZES), choices=["", *SIZES])
     parser.option("n_layer", None, "layers (default: of --size, else 4)", type=int)
     parser.option("n_embd", None, "width (default: of --size, else 128)", type=int)
-    parser.option("n_head", None, "attention heads (default: of --size, else n_embd / 64)", type=int)
+    parser.option("n_head", None, "attention heads (default: of --size, else of 64 channels or somewhat more)", type=int)
     parser.option("block_size", 256, "tokens of context")
     parser.option("pos", "rope", "how positions are told apart", choices=("rope", "alibi", "learned", "none"))
     parser.option("smear", True, "each embedding takes in the one before; False: the plain transformer")
@@ -60,10 +61,10 @@ def command_line():
                   choices=("muon", "adamw"))
     parser.option("lr", None, "highest learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float)
     parser.option("weight_decay", 0.1, "of the blocks' matrices")
-    parser.option("schedule", "wsd", "constant, cosine, or wsd: constant, then linear to zero over --cooldown",
-                  choices=("constant", "cosine", "wsd"))
+    parser.option("schedule", "wsd", "cosine, or wsd: constant, then linear to zero over --cooldown",
+                  choices=("cosine", "wsd"))
     parser.option("warmup", 0.02, "share of the run in which the learning rate rises")
-    parser.option("cooldown", 0.6, "share of the run in which wsd lowers it")
+    parser.option("cooldown", 0.6, "share of the run in which wsd lowers it; 0: never")
     parser.option("clip", 1.0, "largest norm of the gradient (0: no limit)")
     parser.option("batch_tokens", 4096, "tokens a step, over all processes")
     parser.option("batch_size", 32, "rows that go through the model at once, at most; the rest of a step follows")
@@ -71,7 +72,7 @@ def command_line():
     parser.option("max_tokens", 0, "… in tokens (default: 5,000,000)")
     parser.option("max_flops", 0.0, "… in floating-point operations, by the estimate of model.py")
     parser.option("max_minutes", 0.0, "… in minutes, counted from the end of the first step, which compiles")
-    parser.option("evals", 10, "evaluations, each with a sample and a checkpoint, evenly over the run")
+    parser.option("evals", 10, "evaluations, evenly over the run, the last at its end; each also saves it (0: only the end does)")
     parser.option("eval_stories", 500, "stories that those score; the one at the end scores the whole file")
     parser.option("log_interval", 10, "steps between two lines of the log")
     parser.option("keep", "", "log: also keep the weights of steps 1, 2, 4, 8, …", choices=("", "log"))
@@ -137,11 +138,12 @@ def make_world():
     if not os.path.exists(stories):
         print("data/world is empty: writing 50,000 stories of the built-in world (python world.py)")
         write_world(50_000)
-    print("preparing data/world (python prepare.py --dataset=world)", flush=True)
+    print("preparing data/world (python prepare.py --dataset=world)")
     # a process of its own, whose workers, where they are spawned, then need not import this script and torch
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py")
-    if subprocess.run([sys.executable, script, "--dataset=world"]).returncode:
-        sys.exit("data/world could not be prepared")
+    with subprocess.Popen([sys.executable, script, "--dataset=world"]) as process:  # run() would kill it at Ctrl-C
+        if process.wait():
+            sys.exit("data/world could not be prepared")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -208,9 +210,7 @@ def learning_rate(progress, args):
         return progress / args.warmup
     if args.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (progress - args.warmup) / (1 - args.warmup)))
-    if args.schedule == "wsd":
-        return min(1.0, (1 - progress) / max(args.cooldown, 1e-9))
-    return 1.0
+    return min(1.0, (1 - progress) / max(args.cooldown, 1e-9))
 
 
 def keep_large_blocks():
@@ -258,7 +258,8 @@ def main(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.n_head is None:
-        args.n_head = max(1, args.n_embd // 64)
+        heads = range(1, args.n_embd // 64 + 1)  # of an even number of channels each, as rope wants them
+        args.n_head = max((n for n in heads if args.n_embd % (2 * n) == 0), default=1)
     least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_flops=0,
                  max_minutes=0, evals=0, embed_std=0.001)
     for name, value in least.items():
@@ -345,15 +346,23 @@ def main(argv=None):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if device.type == "cpu":
         keep_large_blocks()
-    # compiling takes half a minute or so, and makes a step up to twice as fast
     flops = model.flops_per_token()
     max_steps = args.max_steps or math.ceil((args.max_tokens or args.max_flops / flops or 5_000_000) / step_tokens)
+
+    def progress_now():
+        return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps
+
+    if progress_now() >= 1:
+        return say(f"{out_dir} is finished (step {step:,}): give a longer run to go on, or python eval.py {out_dir}")
+
+    # compiling takes half a minute or so, and makes a step up to twice as fast
     worth_it = {"cpu": 2e13, "cuda": 5e15}.get(device.type, math.inf)  # FLOPs that take some two minutes without
     long = args.max_minutes > 2 if args.max_minutes else max_steps * step_tokens * flops > worth_it
     compiled = args.compile == "True" or args.compile == "auto" and long and device.type != "mps"
-    began, forward = time.perf_counter(), torch.compile(model) if compiled else model
+    began, forward = time.perf_counter(), model
     if compiled:
         try:
+            forward = torch.compile(model)
             idx = torch.zeros(batch, args.block_size + 1, dtype=torch.int64, device=device)
             with autocast:
                 loss = forward(idx[:, :-1], idx[:, 1:]).mean()
@@ -377,12 +386,6 @@ def main(argv=None):
         f"{flops / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
         f"{memory / 2**20:.0f} MB; {device}, {str(dtype)[6:]}{', compiled' if compiled else ''}")
 
-    def progress_now():
-        return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps
-
-    if progress_now() >= 1:
-        return say(f"{out_dir} is finished (step {step:,}): give a longer run to go on, or python eval.py {out_dir}")
-
     # files
     log = None
     if master:
@@ -392,9 +395,7 @@ def main(argv=None):
         if args.resume and os.path.exists(log_path):
             with open(log_path) as f:  # what was logged after the checkpoint will be done again
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(log_path + ".tmp", "w") as f:
-            f.writelines(lines)
-        os.replace(log_path + ".tmp", log_path)
+        write_whole(log_path, "".join(lines))
         log = open(log_path, "a", buffering=1)
 
     def write_log(**values):
@@ -483,7 +484,7 @@ def main(argv=None):
         progress, stopped = clock()
         due = progress < 1 and int(progress * args.evals) > int(before * args.evals)
         if step % args.log_interval == 0 or due or progress >= 1 or stopped:
-            losses = torch.stack(pending)
+            count, losses = len(pending), torch.stack(pending)
             if processes > 1:
                 dist.all_reduce(losses)
                 losses /= processes
@@ -491,7 +492,7 @@ def main(argv=None):
             losses, pending = losses.tolist() + [math.nan] * (not scaler.is_enabled() and not norm.isfinite()), []
             if not all(map(math.isfinite, losses)):
                 bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-                sys.exit(f"the loss is {losses[bad]} at step {step - len(losses) + bad + 1}; the last checkpoint "
+                sys.exit(f"the loss is {losses[bad]} at step {step - count + min(bad + 1, count)}; the last checkpoint "
                          f"stays: try a lower --lr than {args.lr:g}, a longer --warmup, or --dtype=float32")
             speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - seconds_before - aside)
             if step % args.log_interval == 0 or due or progress >= 1:
@@ -499,7 +500,7 @@ def main(argv=None):
                 write_log(train_loss=losses[-1], lr=groups[0]["lr"], tokens_per_second=round(speed), **mfu,
                           grad_norm=norm.item() if norm.isfinite() else None)
             bar.set_postfix_str(f", loss {losses[-1]:.3f}, {speed:,.0f} tok/s", refresh=False)
-            if bar.disable and step - first_step < 3 * args.log_interval:
+            if bar.disable and 1 < step - first_step < 3 * args.log_interval:
                 left = seconds * (1 / progress - 1) / 60
                 say(f"step {step}: train loss {losses[-1]:.3f}, {speed:,.0f} tokens/s, about {left:.1f} minutes left")
         bar.update((seconds if args.max_minutes else step) - bar.n)
@@ -518,11 +519,12 @@ def main(argv=None):
                 save(state(), path)
             progress, stopped = clock()  # an evaluation takes time, and the others wait for it here
     bar.close()
+    if master:
+        save(state(), path)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
     if master:
-        save(state(), path)
         if progress < 1:
             say(f"stopped at step {step:,} and saved in {out_dir}: the same command with --resume goes on")
         else:
@@ -547,6 +549,8 @@ def main(argv=None):
             print("\n" + "\n".join(f"{key + ':':20}{value}" for key, value in summary.items()))
     if processes > 1:
         dist.destroy_process_group()
+    if signal.SIGINT in stop:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ def startup(args):
                 [sys.executable, "-u", ROOT / "train.py", f"--dataset={args.dataset}", f"--device={args.device}",
                  "--compile=False", "--log_interval=1", f"--out_dir={folder}/run"], text=True, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL)
-            while not process.stdout.readline().startswith("step 1:"):
+            while not process.stdout.readline().startswith("step 2:"):
                 assert process.poll() is None
             found.append(time.perf_counter() - start)
             process.kill()
