@@ -499,12 +499,14 @@ def main(argv=None):
     if args.stories < 10:
         sys.exit(f"--stories={args.stories} are too few: take 10 at least")
     device, _ = pick_device(args.device, "float32")
-    found = [study(run, args, device) for run in args.runs or [find_run()]]
-    for r in found:
+    found = {}
+    for run in args.runs or [find_run()]:
         # of a checkpoint out/a/ckpt-0000064.pt: out/a/ckpt-0000064.interpret.html and .json
-        path = r["run"][:-2] if r["run"].endswith(".pt") else os.path.join(r["run"], "")
-        write_whole(path + "interpret.json", json.dumps(r, ensure_ascii=False))
-        write_whole(path + "interpret.html", inside(r, found))
+        path = run[:-2] if run.endswith(".pt") else os.path.join(run, "")
+        found[path] = study(run, args, device)
+        write_whole(path + "interpret.json", json.dumps(found[path], ensure_ascii=False))
+    for path, result in found.items():
+        write_whole(path + "interpret.html", inside(result, list(found.values())))
         print(f"{path}interpret.html and interpret.json are written")
 
 
