@@ -251,21 +251,8 @@ def complete(subject, prompts, max_tokens, each=1, title="completing"):
     for rows in tqdm(batches, desc=title, leave=False, disable=None):
         tokens = generate(subject.model, [ids[i] for i in rows], max_tokens, [i + 1 for i in rows], eot)
         for i, row in zip(rows, torch.stack(list(tokens), 1).tolist()):
-            found[i] = row[:row.index(eot)] if eot in row else row
+            found[i] = [token for token in row if token != eot]
     return [[found[i] for i in range(begin, begin + each)] for begin in range(0, len(ids), each)]
-
-
-def samples(subject, prompts, args):
-    """The completions of the prompts, kept in samples.bin in the form of sample.py --out."""
-    path, eot, before = subject.path("samples.bin"), subject.encoding.eot_token, subject.before
-    begins = [subject.encoding.encode_ordinary(before + prompt) for prompt in prompts for _ in range(args.each)]
-    found = complete(subject, [before + p for p in prompts], args.max_tokens, args.each, "completing prompts")
-    told = [text for some in found for text in some]
-    tokens = [t for begin, text in zip(begins, told) for t in [eot] + begin + text] + [eot]
-    if max(tokens) < 2**16:  # not so with some models of others
-        np.array(tokens, "<u2").tofile(path + ".tmp")
-        os.replace(path + ".tmp", path)
-    return found
 
 
 def completions(subject, found, args):
@@ -394,8 +381,8 @@ def memorisation(subject, dataset, args):
 
 def instructions(subject, dataset, args):
     """Share of what was asked for that the story has, for fields that stood together in train and for those that were
-    held out, on validation stories that were prepared with --instruct: the words, the sentence, and the summary's
-    words of four letters or more, beside those of another story's summary, which are there by chance."""
+    held out, on validation stories that were prepared with --instruct: the sentence, the words, and the summary's
+    words of four letters or more; beside another story's words, which are there by chance."""
     from generate import missing  # which knows the inflections
     meta, encoding = load_meta(dataset), load_tokenizer(dataset)
     hold_out, asked, figures = set(meta["instruct"]["hold_out"]), {"seen": [], "held-out": []}, {}
@@ -409,16 +396,15 @@ def instructions(subject, dataset, args):
     for name, group in asked.items():
         told = complete(subject, [prompt for prompt, _ in group], args.max_tokens, title="following instructions")
         told = [subject.encoding.decode(ids) for ids, in told]
-        words = [(fields["words"].split(", "), text) for (_, fields), text in zip(group, told) if "words" in fields]
-        figures[f"words used, {name} combinations"] = interval(
-            [len(some) - len(missing(some, text)) for some, text in words], [len(some) for some, _ in words])
         figures[f"sentences included, {name} combinations"] = interval(
             [fields["sentence"] in text for (_, fields), text in zip(group, told) if "sentence" in fields])
-        used = [set(re.findall(r"\w+", text)) for text in told]
-        wanted = [set(re.findall(r"\w{4,}", fields.get("summary", ""))) for _, fields in group]
-        for what, some in (("summary's words used", wanted), ("another summary's words", wanted[1:] + wanted[:1])):
-            figures[f"{what}, {name} combinations"] = interval(
-                [len(a & b) for a, b in zip(some, used)], [len(a) for a in some])
+        words = [fields["words"].split(", ") if "words" in fields else [] for _, fields in group]
+        summaries = [set(re.findall(r"\w{4,}", fields.get("summary", ""))) for _, fields in group]
+        for what, some, used in (("words", words, lambda some, text: len(some) - len(missing(some, text))),
+                                 ("summary's words", summaries,
+                                  lambda some, text: len(some & set(re.findall(r"\w+", text))))):
+            for title, these in ((f"{what} used", some), (f"another's {what}", some[1:] + some[:1])):
+                figures[f"{title}, {name} combinations"] = interval([*map(used, these, told)], [*map(len, these)])
     return figures
 
 
@@ -555,7 +541,7 @@ def sections(subject, wanted, probes, prompts, device, args):
             if some:
                 yield title, grade_probes(subject, some, counts)
     if {"completions", "judge"} & set(wanted):
-        told = samples(subject, prompts, args)
+        told = complete(subject, [subject.before + prompt for prompt in prompts], args.max_tokens, args.each)
     if "completions" in wanted:
         yield "completions", completions(subject, told, args)
     for name in subject.datasets:

@@ -239,12 +239,12 @@ def pick_device(device="auto", dtype="auto"):
     return device, fast if dtype == "auto" else getattr(torch, dtype)
 
 
-def find_run(out_dir=""):
-    """`out_dir`, or the folder under out/ whose checkpoint is the newest."""
+def find_run():
+    """The folder under out/ whose checkpoint is the newest."""
     runs = glob.glob(os.path.join("out", "*", "ckpt.pt"))
-    if not out_dir and not runs:
-        sys.exit("no trained model in out/: run python train.py first, or name a folder with --out_dir")
-    return out_dir or os.path.dirname(max(runs, key=os.path.getmtime))
+    if not runs:
+        sys.exit("no trained model in out/: run python train.py first")
+    return os.path.dirname(max(runs, key=os.path.getmtime))
 
 
 def load_checkpoint(path, device="cpu"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from model import Cache, find_run, load_model, pick_device
-from prepare import Parser, file_hash, instruction, load_ranks, make_encoding, start
+from prepare import EOT, Parser, file_hash, instruction, load_ranks, make_encoding, start
 
 
 def pick(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -92,10 +92,11 @@ def load_run(path, device="cpu", block_size=0):
     given."""
     model, checkpoint = load_model(path, device, block_size)
     folder = os.path.dirname(path) if path.endswith(".pt") else path
-    encoding = make_encoding(load_ranks(folder))
-    if file_hash(os.path.join(folder, "tokenizer.tiktoken")) != checkpoint["tokenizer"]:
-        sys.exit(f"{folder}/tokenizer.tiktoken is not the one this model was trained with: copy it from its dataset")
-    return model, checkpoint, encoding
+    file = os.path.join(folder, "tokenizer.tiktoken")
+    if not os.path.exists(file) or file_hash(file) != checkpoint["tokenizer"]:
+        sys.exit(f"{file} is missing, or not the one this model was trained with: copy it from "
+                 f"data/{checkpoint['datasets'][0]}")
+    return model, checkpoint, make_encoding(load_ranks(folder))
 
 
 @torch.inference_mode()
@@ -155,7 +156,7 @@ def check(settings):
 def interact(model, encoding, settings):
     """Read beginnings from the terminal and go on with them; a line like /temperature=0.5 changes a setting."""
     print("Type how a story begins, and the model goes on; an empty line lets it begin. /temperature=0.5 and the like\n"
-          "change settings, / shows them, Ctrl-D ends.")
+          "change settings, / shows them, Ctrl-C ends.")
     while True:
         try:
             line = input("> ")
@@ -196,7 +197,6 @@ def main(argv=None):
     parser.option("features", "", "features to have, such as dialogue (likewise)")
     parser.option("summary", "", "what happens (likewise)")
     parser.option("interactive", False, "talk to the model")
-    parser.option("out", False, "write the stories to samples.bin in the run's folder, not to the terminal")
     parser.option("seed", 1, "of the first story; the next has the next seed")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     parser.option("dtype", "float32", "float32, or bfloat16: faster for many stories, where the device is faster in it",
@@ -206,9 +206,8 @@ def main(argv=None):
     settings = {**how, "max_tokens": args.max_tokens, "seed": args.seed}
     if wrong := check({**settings, "num_samples": args.num_samples}):
         sys.exit(f"--{wrong}")
-    out_dir = find_run(args.out_dir)
     device, dtype = pick_device(args.device, args.dtype)
-    model, _, encoding = load_run(out_dir, device)
+    model, _, encoding = load_run(args.out_dir or find_run(), device)
     model = NumpyGPT(model) if device.type == "cpu" and dtype == torch.float32 else model.to(dtype)
     prompt = args.prompt
     if args.prompt_file:
@@ -225,17 +224,10 @@ def main(argv=None):
     if args.interactive:
         return interact(model, encoding, settings)
     seeds = range(args.seed, args.seed + args.num_samples)
-    if args.num_samples == 1 and not args.out:
+    if args.num_samples == 1:
         return stream(model, encoding, prompt, args.max_tokens, args.seed, **how)
     stories = tell(model, encoding, prompt, args.max_tokens, seeds, **how)
-    if args.out:
-        folder = os.path.dirname(out_dir) if out_dir.endswith(".pt") else out_dir
-        path, eot = os.path.join(folder, "samples.bin"), encoding.eot_token
-        np.array([t for story in stories for t in [eot] + story] + [eot], "<u2").tofile(path + ".tmp")
-        os.replace(path + ".tmp", path)
-        print(f"{len(stories)} stories written to {path}")
-    else:
-        print("\n\n---\n\n".join(encoding.decode(story) for story in stories))
+    print(f"\n{EOT}\n".join(encoding.decode(story) for story in stories))  # as eval.py --stories reads them
 
 
 if __name__ == "__main__":
