@@ -467,10 +467,10 @@ def write(n, seed=1, name="world", kind="world", **settings):
                 total.update(stories=1, val=told["split"] == "val", words=len(told["story"].split()),
                              bytes=len(told["story"].encode()), bits=told["bits"])
                 total.update(span["skill"] for span in told["spans"])
-    except BaseException:  # Ctrl-C, a full disk
-        os.remove(path + ".part")
-        raise
-    os.replace(path + ".part", path)
+        os.replace(path + ".part", path)
+    finally:
+        if os.path.exists(path + ".part"):  # after Ctrl-C, on a full disk
+            os.remove(path + ".part")
     return path, total
 
 

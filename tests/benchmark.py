@@ -317,10 +317,12 @@ def startup(args):
             start = time.perf_counter()
             process = subprocess.Popen(
                 [sys.executable, "-u", ROOT / "train.py", f"--dataset={args.dataset}", f"--device={args.device}",
-                 "--compile=False", "--log_interval=1", f"--out_dir={folder}/run"], text=True, stdout=subprocess.PIPE,
+                 "--compile=False", "--log_interval=1", f"--out_dir={folder}/run"], stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL)
-            while not process.stdout.readline().startswith("step 2:"):
+            log = Path(folder, "run", "log.jsonl")
+            while not (log.exists() and log.stat().st_size):
                 assert process.poll() is None
+                time.sleep(0.01)
             found.append(time.perf_counter() - start)
             process.kill()
             process.wait()

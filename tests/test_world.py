@@ -1,6 +1,7 @@
 """The story world: its state, its sentences, and above all that the marked answers follow from the text alone."""
 import collections
 import json
+import os
 import math
 import random
 import re
@@ -358,6 +359,21 @@ def test_bad_input_ends_in_one_line(argument, code, capsys):
     with pytest.raises(SystemExit) as stopped:
         world.main([argument])
     assert stopped.value.code == code or code is None and "try" in stopped.value.code
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_is_cut_off_leaves_the_old_stories(tmp_path, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    path, _ = world.write(3)
+    before = (tmp_path / path).read_bytes()
+
+    def broken(*settings, **more):
+        yield json.loads(before.splitlines()[0])
+        raise fault
+    monkeypatch.setattr(world, "stories", broken)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        world.write(3)
+    assert (tmp_path / path).read_bytes() == before and os.listdir(tmp_path / "data/world") == ["stories.jsonl"]
 
 
 # the vocabulary
