@@ -2,7 +2,7 @@
 
     python eval.py                                  the newest run: loss, probes, completions, memorisation
     python eval.py out/a out/b                      several side by side, and charts in out/compare.html
-    python eval.py out/a --only=loss,probes         some sections; what eval.json holds of the others stays
+    python eval.py out/a --only=loss,spans          some sections; what eval.json holds of the others stays
     python eval.py out/a --judge=gpt-4o-mini        marks by a large model, as in the paper
     python eval.py hf:roneneldan/TinyStories-33M --dataset=tinystories      somebody else's model, or hf:FOLDER
     python eval.py --stories a.jsonl b.txt          files of stories, side by side
@@ -31,7 +31,7 @@ from report import compare, interval, over_seeds, print_table, table, write_whol
 from sample import generate, load_run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SECTIONS = ("loss", "probes", "completions", "memorisation", "instructions", "steps", "judge")
+SECTIONS = ("loss", "probes", "spans", "completions", "memorisation", "instructions", "steps", "judge")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -533,8 +533,10 @@ def sections(subject, wanted, probes, prompts, device, args):
             with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
                 figures = loss(subject, name)
             yield f"loss on {name}" + (f" in {args.dtype}" if args.dtype != "float32" else ""), figures
-    if "probes" in wanted:
-        sets = {"probes": probes, **{f"spans of {d}": read_spans(d, args.spans, by="kind") for d in subject.datasets}}
+    sets = {"probes": probes} if "probes" in wanted else {}
+    if "spans" in wanted:
+        sets.update({f"spans of {name}": read_spans(name, args.spans, by="kind") for name in subject.datasets})
+    if any(sets.values()):
         counts = count_phrases({c for some in sets.values() for p in some for c in p["right"] + p["wrong"]},
                                subject.datasets[0])
         for title, some in sets.items():

@@ -268,8 +268,9 @@ def test_spans_are_probes_by_kind_and_depth(workplace):
     kinds = {p["kind"] for p in spans}
     assert "lego, depth  0" in kinds and "lego, depth 10" in kinds
     assert all(p["right"][0][1:] == p["wrong"][0][1:] == "1" and p["right"] != p["wrong"] for p in spans)
-    found = eval.grade_probes(stand_in(make_model(vocab_size=300, block_size=128), "lego"), spans, {"+1": 1, "-1": 1})
-    assert {f"reasoning: {kind}" for kind in kinds} < set(found)
+    subject = stand_in(make_model(vocab_size=300, block_size=128), "lego")
+    (title, found), = eval.sections(subject, ["spans"], [], [], None, SimpleNamespace(spans=5))
+    assert title == "spans of lego" and {f"reasoning: {kind}" for kind in kinds} < set(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------
