@@ -461,6 +461,15 @@ def load_published(name, device, args):
     return Published(inner, bos, eot), encoding
 
 
+def settings_of(checkpoint):
+    """A run's settings but for its seed, as text: runs that have the same are told apart by chance alone."""
+    settings = {k: v for k, v in checkpoint["args"].items() if k not in ("seed", "out_dir", "resume")}
+    settings["init_from"] = settings["init_from"].rstrip("0123456789")  # out/warm-1 and out/warm-2 are alike
+    if not settings["max_minutes"]:
+        settings["step"] = checkpoint["step"]  # one of them may have been cut short
+    return json.dumps(settings)
+
+
 def load(name, device, args):
     """What is graded: model, encoding, the tokenizer's hash, datasets, what the model expects before a story, kept
     checkpoints, the time of the last, what to tell about it, its settings but for the seed, and path(file), which
@@ -485,13 +494,9 @@ def load(name, device, args):
     instructed = any(load_meta(d)["instruct"] for d in checkpoint.get("datasets", ()) if os.path.exists(f"data/{d}"))
     about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
              "context": model.config.block_size, "step": checkpoint.get("step")}
-    settings = {k: v for k, v in checkpoint.get("args", {"of": name}).items() if k not in ("seed", "out_dir", "resume")}
-    settings["init_from"] = settings.get("init_from", "").rstrip("0123456789")  # out/warm-1 and out/warm-2 are alike
-    if not settings.get("max_minutes"):
-        settings["step"] = checkpoint.get("step")  # one of them may have been cut short
     return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], datasets=datasets,
                            before=instruction({}) if instructed else "", kept=kept, time=when, about=about,
-                           settings=json.dumps([prefix, settings]), folder=folder,
+                           settings=prefix + (settings_of(checkpoint) if "args" in checkpoint else name), folder=folder,
                            path=lambda file: os.path.join(folder, prefix + file))
 
 

@@ -2,6 +2,7 @@
 
     python interpret.py                             the newest run: interpret.html and interpret.json in its folder
     python interpret.py out/a out/b                 several, compared
+    python interpret.py out/a-* out/b-* --seeds     … and seeds of one setting as one
 
 Layers, heads and neurons are counted from 0, as in the code: layer 3 is model.blocks[3].
 """
@@ -21,11 +22,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as architecture
-from eval import HERE, passes, read_spans, score
-from interpret_page import inside
+from eval import HERE, passes, read_spans, score, settings_of
+from interpret_page import inside, summary
 from model import GPT, find_run, load_model, norm, pick_device
 from prepare import SKILLS, Parser, load_meta, load_tokenizer, load_tokens, start
-from report import write_whole
+from report import over_seeds, print_table, table, write_whole
 from world import LISTS, VOCABULARY, forms_of
 
 FAR = 64          # what attention owes to distance is measured over so many, from positions with as many behind them
@@ -477,7 +478,8 @@ def study(run, args, device):
               [(layer, int(torch.randint(4 * c.n_embd, ()))) for layer, _ in best]} if best else {}
     source, skills, lens = study_skills(model, dataset, encoding)
     return {"run": run, "dataset": dataset, "stories": len(stories.idx), "config": vars(c),
-            "parameters": model.num_params(), "loss": loss[None], "silenced on": min(40, len(stories.idx)),
+            "settings": settings_of(checkpoint), "parameters": model.num_params(),
+            "loss": loss[None], "silenced on": min(40, len(stories.idx)),
             "heads": heads, "untrained heads": study_heads(control, stories, articles, "untrained heads"),
             "layers' loss rise": [loss[i, None] - loss[None] for i in range(c.n_layer)],
             "shares": {"trained": sum_up(trained), "shuffled": sum_up(shuffled), "untrained": sum_up(plain)},
@@ -494,6 +496,7 @@ def main(argv=None):
     parser.option("dataset", "", "read this dataset's validation stories instead of the run's own")
     parser.option("stories", 200, "how many of them")
     parser.option("seed", 1, "of the controls")
+    parser.option("seeds", False, "show runs that differ in their seed alone as one: mean, lowest and highest")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.stories < 10:
@@ -508,6 +511,11 @@ def main(argv=None):
     for path, result in found.items():
         write_whole(path + "interpret.html", inside(result, list(found.values())))
         print(f"{path}interpret.html and interpret.json are written")
+    if len(found) > 1:
+        results = {result["run"]: summary(result) for result in found.values()}
+        if args.seeds:
+            results = over_seeds(results, {result["run"]: result["settings"] for result in found.values()})
+        print_table(table(results))
 
 
 if __name__ == "__main__":

@@ -173,23 +173,35 @@ tempting wrong one, on {r["measured on"]}; red where silencing lowers it.</p>
 {sum(x["lead"][-1] > 0 for x in lens)} of {len(lens)} exclusions.</p>"""
 
 
+def summary(r):
+    """{section: {figure: value}} of one run, for the table that compares several."""
+    shares, mains = r["shares"], ([*r["main character"], None][0], r["untrained main character"])
+    explained = [[h[name] for h in r["heads"]] for name in ("distance", "words")]
+    return {"model": {"layers": r["config"]["n_layer"], "channels": r["config"]["n_embd"],
+                      "heads": r["config"]["n_head"]},
+            f"loss on {r['dataset']}": {"nats a token": r["loss"]},
+            "heads": {**{f"{how}, share of all": sum(h["type"] == kind for h in r["heads"]) / len(r["heads"])
+                         for kind, how in (("distance", "by distance"), ("semantic", "by words"), ("mixed", "mixed"))},
+                      "mixed, untrained": float(np.mean([h["type"] == "mixed" for h in r["untrained heads"]])),
+                      "correlation of distance and words":
+                          float(np.corrcoef(explained)[0, 1]) if len(r["heads"]) > 1 else None},
+            "neurons": {**{"the commonest kind's share" + of: shares[name]["distinct"] for name, of in
+                           (("trained", ""), ("shuffled", ", shuffled"), ("untrained", ", untrained"))},
+                        **{"main character's first mention" + of: x and x["later"] for x, of in
+                           zip(mains, ("", ", untrained"))}}}
+
+
 def compare(results):
     """HTML of several runs in a table and charts."""
-    rows, points = [], defaultdict(list)
-    for r in results:
-        pure = [sum(h["type"] != "mixed" for h in r[key]) / len(r[key]) for key in ("heads", "untrained heads")]
-        alike = [r["shares"][name]["distinct"] for name in ("trained", "untrained")]
-        hero = [x and x["later"] for x in ([*r["main character"], None][0], r["untrained main character"])]
-        names = [a + b for a in ("heads not mixed", "a neuron's commonest kind", "main character")
-                 for b in ("", ", untrained")]
-        rows.append([r["run"], "{n_layer} × {n_embd}, {n_head} heads".format(**r["config"]), r["dataset"], r["loss"],
-                     *pure, *alike, *hero])
-        for name, value in zip(names, pure + alike):
-            points[name].append((r["parameters"], r["config"]["n_layer"], value))
-    charts = [chart(f"Against {what}", what, "share", {name: [(p[i], p[2]) for p in x] for name, x in points.items()},
-                    log_x=not i, lines=False) for i, what in enumerate(("parameters", "layers"))]
-    return (f"<h2>Runs compared</h2>{table(['run', 'layers × width', 'stories', 'loss', *names], rows)}"
-            f"<div class=\"charts\">{''.join(charts)}</div>")
+    sums = [{name: value for figures in summary(r).values() for name, value in figures.items()} for r in results]
+    names = ("mixed, share of all", "correlation of distance and words", "the commonest kind's share",
+             "the commonest kind's share, shuffled")
+    charts = [chart(f"Against {what}", what, "", {name: [(x, s[name]) for x, s in zip(where, sums) if s[name] is not None]
+                                                  for name in names}, log_x=what == "parameters", lines=False)
+              for what, where in (("parameters", [r["parameters"] for r in results]),
+                                  ("layers", [s["layers"] for s in sums]))]
+    rows = [[r["run"], *figures.values()] for r, figures in zip(results, sums)]
+    return f"<h2>Runs compared</h2>{table(['run', *sums[0]], rows)}<div class=\"charts\">{''.join(charts)}</div>"
 
 
 def inside(r, results):

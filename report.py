@@ -9,8 +9,9 @@ import numpy as np
 
 from prepare import SKILLS
 
-# sections of eval.json, as its table shows them; spans are the dataset's own probes
-ORDER = ("model", "loss", "probes", "spans", "completions", "memorisation", "instructions", "steps", "judge")
+# sections of eval.py's and interpret.py's tables in their order; spans are the dataset's own probes
+ORDER = ("model", "loss", "probes", "spans", "completions", "memorisation", "instructions", "steps", "judge", "heads",
+         "neurons")
 
 
 def interval(top, bottom=None):

@@ -1,5 +1,8 @@
 """interpret.py: figures of heads and neurons where the answer is known; a page that renders, and runs nothing."""
+import contextlib
+import io
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -231,7 +234,7 @@ def test_the_lens_ends_at_the_models_own_logits(in_prepared):
 
 @pytest.fixture(scope="module")
 def written(run, prepared):
-    """(page, numbers) of a run on stories that would like to be HTML, beside itself."""
+    """(page, numbers, printed) of a run on stories that would like to be HTML, beside itself."""
     records = make_stories(60, seed=3)
     for i, record in enumerate(records):
         record["story"] = f"<script>document.title = 'hurt'</script> {record['story']}"
@@ -243,13 +246,14 @@ def written(run, prepared):
         write_jsonl(prepared / "data/hostile/s.jsonl", records)
         prepare(["--dataset=hostile", "--tokenizer=tiny"])
         shutil.copytree(run, "out/<i>")
-        interpret.main([run, "out/<i>", "--dataset=hostile", "--stories=30", "--device=cpu"])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            interpret.main([run, "out/<i>", "--dataset=hostile", "--stories=30", "--device=cpu", "--seeds"])
     folder = prepared / run
-    return folder / "interpret.html", json.loads((folder / "interpret.json").read_text())
+    return folder / "interpret.html", json.loads((folder / "interpret.json").read_text()), printed.getvalue()
 
 
 def test_the_page_holds_the_numbers_and_fetches_nothing(written):
-    path, numbers = written
+    path, numbers, _ = written
     html = path.read_text()
     assert len(html) < 5e6 and "http:" not in html and "https:" not in html and "src=" not in html
     assert "<script>document" not in html and "<i>out" not in html and "out/&lt;i&gt;" in html
@@ -300,6 +304,18 @@ def browser():
             send(session, "DELETE")
         driver.terminate()
         driver.wait()
+
+
+def test_several_runs_are_compared_and_seeds_are_one_column(written):
+    _, numbers, printed = written
+    assert "out/<i>  " not in printed  # the same run: one column
+    figures = {name: cell for name, cell in re.findall(r"^  (.*?)  +(\S.*)$", printed, re.M)}
+    heads = numbers["heads"]
+    assert figures["runs"] == "2" and figures["channels"] == "64"
+    alike = np.corrcoef([h["distance"] for h in heads], [h["words"] for h in heads])[0, 1]
+    for name, value in (("nats a token", numbers["loss"]), ("correlation of distance and words", alike),
+                        ("by distance, share of all", np.mean([h["type"] == "distance" for h in heads]))):
+        assert figures[name] == "{0:.3f} [{0:.3f}, {0:.3f}]".format(value)
 
 
 def test_in_a_browser_it_renders_hovers_and_searches_without_an_error(written, browser):
