@@ -465,7 +465,8 @@ def study(run, args, device):
                  f"long, too short to see heads at work: name another dataset with --dataset")
     articles = torch.tensor([i for i in range(meta["vocab_size"] - 1) if encoding.decode_single_token_bytes(i).strip()
                              .lower() in (b"a", b"an", b"the")], device=device)
-    control, few = untrained(model, args.seed), tokens[:ends[:41][-1] + 1]
+    seed = checkpoint["args"]["seed"] if args.seed is None else args.seed
+    control, few = untrained(model, seed), tokens[:ends[:41][-1] + 1]
     heads = study_heads(model, stories, articles)
     loss = without_each(model, lambda: float(score(model, few, meta["eot"]).sum() / (len(few) - 1)), "silencing")
     for head in heads:
@@ -478,8 +479,8 @@ def study(run, args, device):
               [(layer, int(torch.randint(4 * c.n_embd, ()))) for layer, _ in best]} if best else {}
     source, skills, lens = study_skills(model, dataset, encoding)
     return {"run": run, "dataset": dataset, "stories": len(stories.idx), "config": vars(c),
-            "settings": settings_of(checkpoint), "parameters": model.num_params(),
-            "loss": loss[None], "silenced on": min(40, len(stories.idx)),
+            "settings": os.path.basename(run) * run.endswith(".pt") + settings_of(checkpoint),
+            "parameters": model.num_params(), "loss": loss[None], "silenced on": min(40, len(stories.idx)),
             "heads": heads, "untrained heads": study_heads(control, stories, articles, "untrained heads"),
             "layers' loss rise": [loss[i, None] - loss[None] for i in range(c.n_layer)],
             "shares": {"trained": sum_up(trained), "shuffled": sum_up(shuffled), "untrained": sum_up(plain)},
@@ -495,7 +496,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a; the newest if none is named")
     parser.option("dataset", "", "read this dataset's validation stories instead of the run's own")
     parser.option("stories", 200, "how many of them")
-    parser.option("seed", 1, "of the controls")
+    parser.option("seed", None, "of the controls (default: the run's own)", type=int)
     parser.option("seeds", False, "show runs that differ in their seed alone as one: mean, lowest and highest")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -508,14 +509,13 @@ def main(argv=None):
         path = run[:-2] if run.endswith(".pt") else os.path.join(run, "")
         found[path] = study(run, args, device)
         write_whole(path + "interpret.json", json.dumps(found[path], ensure_ascii=False))
+    runs = list(found.values())
     for path, result in found.items():
-        write_whole(path + "interpret.html", inside(result, list(found.values())))
+        write_whole(path + "interpret.html", inside(result, runs))
         print(f"{path}interpret.html and interpret.json are written")
-    if len(found) > 1:
-        results = {result["run"]: summary(result) for result in found.values()}
-        if args.seeds:
-            results = over_seeds(results, {result["run"]: result["settings"] for result in found.values()})
-        print_table(table(results))
+    if len(runs) > 1:
+        results = {r["run"]: summary(r) for r in runs}
+        print_table(table(over_seeds(results, {r["run"]: r["settings"] for r in runs}) if args.seeds else results))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def name_of(x):
 def table(header, rows, shade=lambda row, column: 0):
     """HTML of a table: text is escaped, numbers get three digits; shade: how red a cell is, from 0 to 1."""
     def cell(tag, value, red=0):
-        text = value if isinstance(value, str) else "–" if value is None else f"{value:.3g}"
+        if isinstance(value, (int, float)):
+            value = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+        text = "–" if value is None else value
         style = f" style=\"background: color-mix(in srgb, var(--c6) {100 * red:.0f}%, transparent)\"" * bool(red > 0)
         return f"<{tag}{style}>{escape(text)}</{tag}>"
     lines = ["".join(cell("th", name) for name in header)]
@@ -174,34 +176,33 @@ tempting wrong one, on {r["measured on"]}; red where silencing lowers it.</p>
 
 
 def summary(r):
-    """{section: {figure: value}} of one run, for the table that compares several."""
-    shares, mains = r["shares"], ([*r["main character"], None][0], r["untrained main character"])
-    explained = [[h[name] for h in r["heads"]] for name in ("distance", "words")]
+    """{section: {figure: value}} of one run, for the tables that compare several."""
+    heads, shares, hero = r["heads"], r["shares"], ([*r["main character"], None][0], r["untrained main character"])
+    kinds = {"distance": "heads by distance", "semantic": "heads by words", "mixed": "heads mixed"}
+    explained = [[h[name] for h in heads] for name in ("distance", "words")]
     return {"model": {"layers": r["config"]["n_layer"], "channels": r["config"]["n_embd"],
                       "heads": r["config"]["n_head"]},
             f"loss on {r['dataset']}": {"nats a token": r["loss"]},
-            "heads": {**{f"{how}, share of all": sum(h["type"] == kind for h in r["heads"]) / len(r["heads"])
-                         for kind, how in (("distance", "by distance"), ("semantic", "by words"), ("mixed", "mixed"))},
-                      "mixed, untrained": float(np.mean([h["type"] == "mixed" for h in r["untrained heads"]])),
-                      "correlation of distance and words":
-                          float(np.corrcoef(explained)[0, 1]) if len(r["heads"]) > 1 else None},
-            "neurons": {**{"the commonest kind's share" + of: shares[name]["distinct"] for name, of in
+            "heads": {**{name: sum(h["type"] == kind for h in heads) / len(heads) for kind, name in kinds.items()},
+                      "heads mixed, untrained": float(np.mean([h["type"] == "mixed" for h in r["untrained heads"]])),
+                      "correlation of distance and words":  # of two heads it would always be 1 or -1
+                          float(np.corrcoef(explained)[0, 1]) if len(heads) > 2 else None},
+            "neurons": {**{"a neuron's commonest kind" + of: shares[name]["distinct"] for name, of in
                            (("trained", ""), ("shuffled", ", shuffled"), ("untrained", ", untrained"))},
-                        **{"main character's first mention" + of: x and x["later"] for x, of in
-                           zip(mains, ("", ", untrained"))}}}
+                        **{"main character" + of: x and x["later"] for x, of in zip(hero, ("", ", untrained"))}}}
 
 
 def compare(results):
     """HTML of several runs in a table and charts."""
     sums = [{name: value for figures in summary(r).values() for name, value in figures.items()} for r in results]
-    names = ("mixed, share of all", "correlation of distance and words", "the commonest kind's share",
-             "the commonest kind's share, shuffled")
-    charts = [chart(f"Against {what}", what, "", {name: [(x, s[name]) for x, s in zip(where, sums) if s[name] is not None]
-                                                  for name in names}, log_x=what == "parameters", lines=False)
-              for what, where in (("parameters", [r["parameters"] for r in results]),
-                                  ("layers", [s["layers"] for s in sums]))]
-    rows = [[r["run"], *figures.values()] for r, figures in zip(results, sums)]
-    return f"<h2>Runs compared</h2>{table(['run', *sums[0]], rows)}<div class=\"charts\">{''.join(charts)}</div>"
+    rows = [[r["run"], r["dataset"], *figures.values()] for r, figures in zip(results, sums)]
+    points = {"parameters": [r["parameters"] for r in results], "layers": [figures["layers"] for figures in sums]}
+    names = ("heads mixed", "a neuron's commonest kind", "a neuron's commonest kind, shuffled")
+    charts = [chart(f"Against {what}", what, "share", {name: [(x, figures[name]) for x, figures in zip(where, sums)]
+                                                       for name in names}, log_x=what == "parameters", lines=False)
+              for what, where in points.items()]
+    return (f"<h2>Runs compared</h2>{table(['run', 'stories', *sums[0]], rows)}"
+            f"<div class=\"charts\">{''.join(charts)}</div>")
 
 
 def inside(r, results):
