@@ -232,14 +232,14 @@ async def write(args, key, lists, ledger, stories, rejected):
     # OpenAI's newer models refuse the limit's old name; many other servers do not know its new one
     limit = "max_completion_tokens" if host == "api.openai.com" else "max_tokens"
     request = {"model": args.model, "temperature": args.temperature, limit: args.max_tokens}
-    todo = [i for i in range(args.n) if ledger.wants(i)]
-    bar = tqdm(total=args.n, initial=args.n - len(todo), unit=" stories", smoothing=0.05, disable=None)
+    missing = [i for i in range(args.n) if ledger.wants(i)]
+    bar = tqdm(total=args.n, initial=args.n - len(missing), unit=" stories", smoothing=0.05, disable=None)
     stop, trouble, failures, rejects = "", "", 0, 0     # the last two: in a row, of requests and of answers
-    todo, under_way = iter(todo), {}                    # shared by all workers: what is next, and tokens asked with
+    waiting, under_way = iter(missing), {}              # shared by all workers: what is next, and tokens asked with
 
     async def work():
         nonlocal stop, trouble, failures, rejects
-        for i in todo:
+        for i in waiting:
             words, features = plan(i, args.seed, lists)
             prompt = prompt_for(args.level, words, features)
             while ledger.wants(i) and not stop:
@@ -279,7 +279,7 @@ async def write(args, key, lists, ledger, stories, rejected):
     workers = [asyncio.create_task(work()) for _ in range(args.concurrency)]
     try:
         await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-        list(todo)                      # where a worker broke, the others only finish what they have
+        list(waiting)                   # where a worker broke, the others only finish what they have
     except asyncio.CancelledError:      # Ctrl-C; a second one ends the process
         stop = "stopped by Ctrl-C"
         bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)

@@ -54,13 +54,13 @@ async def ask_judge(questions, args, file):
         base_url=args.base_url or None, timeout=120, max_retries=8,
         http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
     limit = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
-    todo, spent, why = [(key, text, 2) for key, text in questions.items()], 0.0, ""
-    bar = tqdm(total=len(todo), desc=args.judge, disable=None)
+    waiting, spent, why = [(key, text, 2) for key, text in questions.items()], 0.0, ""
+    bar = tqdm(total=len(waiting), desc=args.judge, disable=None)
 
     async def work():
         nonlocal spent, why
-        while todo and not why:
-            key, text, tries = todo.pop()
+        while waiting and not why:
+            key, text, tries = waiting.pop()
             most = cost(args, len(text.encode()) + 50, 1000)  # a token is at least one byte
             if spent + most > args.max_cost:  # what is under way is in `spent`, at its most
                 why = f"the next reply might pass --max_cost={args.max_cost:g}"
@@ -79,7 +79,7 @@ async def ask_judge(questions, args, file):
             if marks or tries == 1:
                 bar.update()
             else:
-                todo.append((key, text, 1))  # a reply without marks is asked for once more
+                waiting.append((key, text, 1))  # a reply without marks is asked for once more
 
     await asyncio.gather(*(work() for _ in range(args.concurrency)))
     bar.close()

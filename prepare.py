@@ -121,7 +121,7 @@ def fingerprint(story):
 def download(url, path, retries=5, wait=1.0):
     """Fetch url to path, going on where an earlier try broke off; what has come stays in path + ".part".
 
-    Gives up, in one line, after `retries` tries in a row that brought nothing new, waiting `wait` seconds before the
+    Gives up, in one line, after `retries` tries in a row that brought nothing new, rest `wait` seconds before the
     second and twice as long before each further one."""
     part, tries, most, problem = path + ".part", -1, 0, ""
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -412,14 +412,14 @@ def start_worker(args, ranks):
 
 def run_workers(function, tasks, title, args, ranks=None):
     """Yield (task, function(*task)) in order; few tasks are under way, so memory stays flat."""
-    pool, todo, under_way = ProcessPoolExecutor(initializer=start_worker, initargs=(args, ranks)), iter(tasks), deque()
+    pool, rest, under_way = ProcessPoolExecutor(initializer=start_worker, initargs=(args, ranks)), iter(tasks), deque()
     size = sum(end - start for (_, start, end), _ in tasks)
     try:
         with tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None) as bar:
             while True:
                 caught = []  # amid a fork, Python loses a KeyboardInterrupt: so Ctrl-C waits
                 before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
-                for task in itertools.islice(todo, 2 * os.cpu_count() - len(under_way)):
+                for task in itertools.islice(rest, 2 * os.cpu_count() - len(under_way)):
                     under_way.append((task, pool.submit(function, *task)))
                 signal.signal(signal.SIGINT, before)
                 if caught:
