@@ -121,7 +121,7 @@ def fingerprint(story):
 def download(url, path, retries=5, wait=1.0):
     """Fetch url to path, going on where an earlier try broke off; what has come stays in path + ".part".
 
-    Gives up, in one line, after `retries` tries in a row that brought nothing new, rest `wait` seconds before the
+    Gives up, in one line, after `retries` tries in a row that brought nothing new, waiting `wait` seconds before the
     second and twice as long before each further one."""
     part, tries, most, problem = path + ".part", -1, 0, ""
     os.makedirs(os.path.dirname(path), exist_ok=True)
