@@ -49,31 +49,17 @@ def load_words(path):
         sys.exit(f'{path} is not {{"verbs": {{"group": ["word", …]}}, "nouns": …, "adjectives": …}}: {error}')
 
 
-def shuffled(i, size, seed):
-    """Where i stands in a random order of range(size), found without making the order: a bijection for every seed.
+def plans(n, seed, lists):
+    """Yield n stories' [verb, noun, adjective], never the same three twice, and list of 0 to 3 features.
 
-    A Feistel network permutes the next power of four; what falls outside the range goes through it again.
-    """
-    half = (size - 1).bit_length() + 1 >> 1
-    while True:
-        left, right = i >> half, i & (1 << half) - 1
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{seed} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(digest, "little") & (1 << half) - 1
-        i = left << half | right
-        if i < size:
-            return i
-
-
-def plan(i, seed, lists):
-    """Story i's [verb, noun, adjective], never the same three twice, and its list of 0 to 3 features."""
-    if not lists:
-        return [], []
-    rng, place, words = random.Random(f"{seed} {i}"), shuffled(i, math.prod(map(len, lists)), seed), []
-    for some in lists:
-        place, k = divmod(place, len(some))
-        words.append(some[k])
-    return words, rng.sample(list(FEATURES), rng.randint(0, 3))
+    The first of a larger n are the same, so that a corpus can be extended."""
+    rng, seen = random.Random(seed), set()
+    for _ in range(n):
+        words = tuple(map(rng.choice, lists))
+        while lists and words in seen:
+            words = tuple(map(rng.choice, lists))
+        seen.add(words)
+        yield list(words), rng.sample(list(FEATURES), rng.randint(0, 3)) if lists else []
 
 
 def prompt_for(level, words, features):
@@ -109,7 +95,7 @@ def missing(words, story):
 
 def parse(text):
     """(story, summary) of an answer, without what models put around them: thoughts, headings, bold, "Story:"."""
-    text = re.sub(r"(?s)\A.*</think>", "", text).strip()
+    text = re.sub(r"(?s)\A.*</think>", "", text).replace("\r\n", "\n").strip()
     story, *rest = re.split(r"(?im)^[\W_]*summary[\W_]*:[\W_]*", text)
     heading = r"\s*(?:#.*|\*\*[^*\n]*\*\*:?|title:.*|(?:sure|here|certainly|of course)\b.*:)\s*(?:\n|\Z)"
     story = re.sub(rf"(?i)\A(?:{heading})*(?:\W*story\W*:\W*\n?)?", "", story)
@@ -232,15 +218,16 @@ async def write(args, key, lists, ledger, stories, rejected):
     # OpenAI's newer models refuse the limit's old name; many other servers do not know its new one
     limit = "max_completion_tokens" if host == "api.openai.com" else "max_tokens"
     request = {"model": args.model, "temperature": args.temperature, limit: args.max_tokens}
-    missing = [i for i in range(args.n) if ledger.wants(i)]
-    bar = tqdm(total=args.n, initial=args.n - len(missing), unit=" stories", smoothing=0.05, disable=None)
+    finished = args.n - sum(map(ledger.wants, range(args.n)))
+    bar = tqdm(total=args.n, initial=finished, unit=" stories", smoothing=0.05, disable=None)
     stop, trouble, failures, rejects = "", "", 0, 0     # the last two: in a row, of requests and of answers
-    waiting, under_way = iter(missing), {}              # shared by all workers: what is next, and tokens asked with
+    # shared by all workers: what is next, and tokens asked with
+    waiting = ((i, *plan) for i, plan in enumerate(plans(args.n, args.seed, lists)) if ledger.wants(i))
+    under_way = {}
 
     async def work():
         nonlocal stop, trouble, failures, rejects
-        for i in waiting:
-            words, features = plan(i, args.seed, lists)
+        for i, words, features in waiting:
             prompt = prompt_for(args.level, words, features)
             while ledger.wants(i) and not stop:
                 under_way[i] = len(prompt.encode()) + 50        # a token is at least one byte; servers add some
@@ -279,7 +266,7 @@ async def write(args, key, lists, ledger, stories, rejected):
     workers = [asyncio.create_task(work()) for _ in range(args.concurrency)]
     try:
         await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-        list(waiting)                   # where a worker broke, the others only finish what they have
+        waiting.close()                 # where a worker broke, the others only finish what they have
     except asyncio.CancelledError:      # Ctrl-C; a second one ends the process
         stop = "stopped by Ctrl-C"
         bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)
@@ -322,7 +309,7 @@ def main(argv=None):
     if lists and args.n > triples:
         parser.error(f"{args.words} makes only {triples:,} triples of words: lower --n, or give it more words")
     if args.dry_run:
-        prompts = [prompt_for(args.level, *plan(i, args.seed, lists)) for i in range(min(args.n, 1000))]
+        prompts = [prompt_for(args.level, *plan) for plan in plans(min(args.n, 1000), args.seed, lists)]
         tokens_in, tokens_out = args.n * sum(map(len, prompts)) // len(prompts) // 4, args.n * TOKENS_OUT
         print(*prompts[:3], sep="\n\n", end="\n\n")
         print(f"coverage: one story in {triples / args.n:,.0f} of {triples:,} triples of words" if lists else

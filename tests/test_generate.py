@@ -146,23 +146,14 @@ def test_every_triple_of_words_comes_once():
     lists = generate.load_words("words.json")
     assert lists[1] == ["bear", "dog", "hill", "mouse", "park"]         # distinct and sorted, in whatever groups
     for seed in 1, 2:
-        plans = [generate.plan(i, seed, lists) for i in range(TRIPLES)]
+        plans = list(generate.plans(TRIPLES, seed, lists))
         assert {tuple(words) for words, _ in plans} == set(itertools.product(*lists))
-    assert plans != [generate.plan(i, 1, lists) for i in range(TRIPLES)]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000])
-def test_the_order_is_a_bijection_that_looks_random(size):
-    order = [generate.shuffled(i, size, seed=7) for i in range(size)]
-    assert sorted(order) == list(range(size))
-    if size == 1000:
-        mean_step = sum(abs(a - b) for a, b in zip(order, order[1:])) / 999
-        assert 300 < mean_step < 366                                    # a third of the range; in order it is 1
+        assert list(generate.plans(7, seed, lists)) == plans[:7]        # a corpus can be extended
+    assert plans != list(generate.plans(TRIPLES, 1, lists))
 
 
 def test_features_are_a_random_subset_of_up_to_three():
-    lists = generate.load_words("words.json")
-    subsets = [generate.plan(i, 1, lists)[1] for i in range(TRIPLES)]
+    subsets = [features for _, features in generate.plans(TRIPLES, 1, generate.load_words("words.json"))]
     assert {len(subset) for subset in subsets} == {0, 1, 2, 3}
     assert {feature for subset in subsets for feature in subset} == set(generate.FEATURES)
     assert all(len(set(subset)) == len(subset) for subset in subsets)
@@ -211,6 +202,7 @@ def test_inflections_count_as_the_word_and_lookalikes_do_not(words, story, absen
     "# The Cat\nA cat sat.\n\nIt slept.\n\n---\n\n## Summary: It slept.",
     "Sure! Here is your story:\n\n**Story:**\nA cat sat.\n\nIt slept.\n\n*Summary*:\nIt slept.",
     "<think>\nSummary: I need a cat.\n</think>\nA cat sat.\n\nIt slept.\n\nSummary: It slept.\n",
+    "A cat sat.\r\n\r\nIt slept.\r\n\r\nSummary: It slept.\r\n",
 ])
 def test_story_and_summary_are_found_in_what_models_put_around_them(text):
     assert generate.parse(text) == ("A cat sat.\n\nIt slept.", "It slept.")
@@ -221,8 +213,8 @@ def test_a_run_writes_one_whole_record_a_story(capsys):
         run(server, "--n=30", "--concurrency=4", "--price_in=1", "--price_out=3")
     assert indices() == list(range(30)) and lines("rejected") == []
     assert len(server.requests) == 30 and 1 < server.most_under_way <= 4
-    record, (words, features) = lines()[0], generate.plan(lines()[0]["index"], 1, generate.load_words("words.json"))
-    assert record["words"] == words and record["features"] == features
+    plans, record = list(generate.plans(30, 1, generate.load_words("words.json"))), lines()[0]
+    assert (record["words"], record["features"]) == plans[record["index"]]
     assert record["story"].endswith("again.") and record["summary"] == "It ended."
     assert (record["model"], record["tokens_in"], record["tokens_out"]) == ("writer-2024", 100, 200)
     assert "30 stories, 0 given up" in (out := capsys.readouterr().out)
