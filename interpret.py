@@ -66,8 +66,11 @@ def read_stories(lists, encoding, block_size, device="cpu"):
 
     A name is a capitalised word that stands within a sentence and is hardly ever written small; the main character is
     the one whose name the story has most often within its sentences."""
-    lists, known = sorted((ids[:block_size] for ids in lists), key=len), list_words()
-    texts = [encoding.decode_with_offsets(ids[1:]) for ids in lists]
+    lists, known, texts = sorted(lists, key=lambda ids: min(len(ids), block_size)), list_words(), []
+    for ids in lists:
+        text, starts = encoding.decode_with_offsets(ids[1:])  # whole: a cut may halve a character
+        starts = [*starts, len(text)][:block_size]
+        texts.append((text[:starts[-1]], starts))
     within = [Counter(re.findall(r"(?<=[\w,] )[A-Z][^\W\d_]+", text)) for text, _ in texts]
     small = Counter(word for text, _ in texts for word in re.findall(r"[^\W\d_]+", text) if word.islower())
     names = {word for word, n in sum(within, Counter()).items() if small[word.lower()] < n / 10} - NO_NAMES
@@ -75,19 +78,19 @@ def read_stories(lists, encoding, block_size, device="cpu"):
     for ids, (text, starts), found in zip(lists, texts, within):
         hero = max(names & found.keys(), key=found.get, default=None)
         word_at = {i: word for word in re.finditer(r"[^\W\d_]+", text) for i in range(*word.span())}
-        ends, first = [*starts[1:], len(text)], re.search(rf"\b{hero}\b", text)
+        first = next((word.start() for word in word_at.values() if word[0] == hero), 0)
         kind, role = [-1], [0]
-        for end in ends:
+        for end in starts[1:]:
             word = word_at.get(end - 1)
             name = word[0] if word else ""
             lower = name.lower()
             kind.append(KINDS.index(
                 "name" if name in names else "function" if lower in FUNCTION else known[lower] if lower in known else
                 "verb" if re.search(r"\w\w(ed|ing)$", lower) else "other" if name else "punctuation"))
-            role.append(0 if not name[:1].isupper() else 3 if name != hero else 1 + (word.start() > first.start()))
-        for rows, row in ((idx, ids), (kinds, kind), (roles, role)):
+            role.append(0 if not name[:1].isupper() else 3 if name != hero else 1 + (word.start() > first))
+        for rows, row in ((idx, ids[:block_size]), (kinds, kind), (roles, role)):
             rows.append(torch.tensor(row, device=device))
-        pieces.append([""] + [text[a:b] for a, b in zip(starts, ends)])
+        pieces.append([""] + [text[a:b] for a, b in zip(starts, starts[1:])])
     pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, True, value)
     kind = pad(kinds, -1)
     return SimpleNamespace(idx=pad(idx, encoding.eot_token), kind=kind, real=kind >= 0, role=pad(roles, 0),
@@ -267,10 +270,9 @@ def study_heads(model, stories, articles, title="heads"):
 
 
 def head_type(head):
-    for name, one, other in (("distance", "distance", "words"), ("semantic", "words", "distance")):
-        if head[one] >= LEAST and head[one] >= TIMES * head[other]:
-            return name
-    return "mixed"
+    by, words = head["distance"], head["words"]
+    return ("distance" if by >= max(LEAST, TIMES * words) else
+            "semantic" if words >= max(LEAST, TIMES * by) else "mixed")
 
 
 TELLING = {"distance": "the most by distance", "words": "the most by words", "loss rise": "costs most when silenced",

@@ -38,12 +38,13 @@ def name_of(x):
 
 
 def table(header, rows, shade=lambda row, column: 0):
-    """HTML of a table: text is escaped, numbers get three digits; shade: how red a cell is, from 0 to 1."""
+    """HTML of a table: text is escaped, fractions get three digits; shade: how red a cell is, 1 or more for all red."""
     def cell(tag, value, red=0):
         if isinstance(value, (int, float)):
             value = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
         text = "–" if value is None else value
-        style = f" style=\"background: color-mix(in srgb, var(--c6) {100 * red:.0f}%, transparent)\"" * bool(red > 0)
+        red = 100 * min(red, 1)
+        style = f" style=\"background: color-mix(in srgb, var(--c6) {red:.0f}%, transparent)\"" * bool(red > 0)
         return f"<{tag}{style}>{escape(text)}</{tag}>"
     lines = ["".join(cell("th", name) for name in header)]
     lines += ["".join(cell("td", value, shade(i, j)) for j, value in enumerate(row)) for i, row in enumerate(rows)]
@@ -141,11 +142,11 @@ def show_hero(r, show):
     best, silenced = r["main character"][0], r["main character silenced"]
     rows = [[name_of(h), h["later"], h["capital"]] for h in r["main character"][:5]]
     rows += [["the untrained model's best", *(r["untrained main character"][name] for name in ("later", "capital"))]]
-    cells = {(n["layer"], n["neuron"]): show(n) for n in r["neurons"]}
+    shown = [show(n) for h in r["main character"][:2] for n in r["neurons"] if name_of(n) == name_of(h)]
     return f"""
 <p class="lead">{name_of(best)} is more excited by the first mention of the main character than by a later one in
 {best["later"]:.0%} of pairs. With it silenced, later mentions cost {silenced["the best"][0]:+.3f} nats.</p>
-<div class="charts">{"".join(cells[h["layer"], h["neuron"]] for h in r["main character"][:2])}</div>
+<div class="charts">{"".join(shown)}</div>
 {table(["area under the curve: first mention against", "later mentions", "other capitalised words"], rows)}
 {table(["silenced: nats more", "at later mentions", "elsewhere", "at later mentions, if silenced at the first alone"],
        [[name, *values] for name, values in silenced.items()])}
@@ -156,8 +157,8 @@ other.</p>"""
 def show_skills(r):
     (whole, *cuts), lens = r["skills"], r["lens"]
     names = [name for name in SKILLS if name in whole]
-    heads = [x for x in cuts if x["head"] is not None]
-    heads = sorted(heads, key=lambda x: min(x[name] - whole[name] for name in names))[:10]
+    rise = lambda x: min(x[name] - whole[name] for name in names)
+    heads = sorted((x for x in cuts if x["head"] is not None), key=rise)[:10]
     some = [whole] + [x for x in cuts if x["head"] is None] + heads
     rows = [[name_of(x) or "nothing", *(f"{x[name]:.0%}" for name in names)] for x in some]
     lines = {"mean": np.mean([x["lead"] for x in lens], 0).tolist()} if lens else {}

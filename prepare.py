@@ -121,8 +121,8 @@ def fingerprint(story):
 def download(url, path, retries=5, wait=1.0):
     """Fetch url to path, going on where an earlier try broke off; what has come stays in path + ".part".
 
-    Gives up, in one line, after `retries` tries in a row that brought nothing new, waiting `wait` seconds before the
-    second and twice as long before each further one."""
+    Gives up, in one line, after a try and `retries` more in a row that brought nothing new, waiting `wait` seconds
+    before the second and twice as long before each further one."""
     part, tries, most, problem = path + ".part", -1, 0, ""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     ways_on = "or use a file you have with --input=FILE, or stories made here: python world.py"
@@ -163,7 +163,9 @@ def download(url, path, retries=5, wait=1.0):
 
 
 def find_files(source):
-    """[(path, "train", "val" or None)] of a file, or of a folder: of its stories.jsonl, else its .txt and .jsonl."""
+    """[(path, split)] of a file, or of a folder: of its stories.jsonl, else its .txt and .jsonl.
+
+    split: "train" or "val" where the file's name says so, else None."""
     own = os.path.join(source, "stories.jsonl")
     if os.path.isfile(source):
         paths = [source]
@@ -188,7 +190,7 @@ def cut(path):
 
 def parse(path, content):
     """The stories in bytes of a file, each as a record {"story": text, …}: JSON lines, or text split at EOT."""
-    text = content.decode("utf-8-sig")
+    text = content.decode().replace("\ufeff", "")  # byte-order marks, also of files that were joined
     if path.endswith(".jsonl"):
         records = [json.loads(line) for line in text.split("\n") if line.strip()]
         for record in records:
@@ -286,8 +288,9 @@ def choose(files, args):
             break
     for split in kept:
         if not kept[split]:
-            sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}, after cleaning removed "
-                     f"{counts.total():,}: " + ("raise --val_fraction" if split == "val" else "give more stories"))
+            sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}"
+                     f"{''.join(f'; {n:,} {what}' for what, n in counts.items())}: "
+                     f"{'raise' if split == 'val' else 'lower'} --val_fraction, or give more stories")
     return plan, counts
 
 
@@ -611,9 +614,9 @@ def load_tokens(dataset, name):
     expected, again = meta[name.split(".")[0]]["tokens"], f"run python prepare.py --dataset={dataset}"
     if not os.path.exists(path):
         sys.exit(f"no {path}: {again}")
-    found = os.path.getsize(path) / 2
-    if found != expected:
-        sys.exit(f"{path} has {found:,g} tokens, meta.json says {expected:,}: prepare was interrupted? {again}")
+    if os.path.getsize(path) != 2 * expected:
+        sys.exit(f"{path} has {os.path.getsize(path):,} bytes, meta.json says {2 * expected:,}: "
+                 f"prepare was interrupted? {again}")
     return np.memmap(path, "<u2", mode="r")
 
 
@@ -634,6 +637,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.vocab_size is None:
         args.vocab_size = 10_000 if args.tokenizer == "gpt2" else 4096
+    if args.max_stories is not None and args.max_stories < 1:
+        sys.exit(f"--max_stories={args.max_stories} keeps none: give 1 or more")
     if not 257 <= args.vocab_size <= 65_535:
         sys.exit(f"--vocab_size={args.vocab_size} must lie between 257 (single bytes) and 65535 (what uint16 holds)")
     args.hold_out = [field for field in args.hold_out.split("+") if field]

@@ -126,8 +126,7 @@ class Entity:
 
 def person(name, kind, he):
     him, his = ("her", "her") if he == "she" else ("him", "his")
-    return Entity({**forms_of(name, ""), "kind": kind, "he": he, "him": him, "his": his, "himself": him + "self"},
-                  "persons", he)
+    return Entity({**forms_of(name, ""), "kind": kind, "he": he, "him": him, "his": his}, "persons", he)
 
 
 @functools.lru_cache(None)
@@ -143,13 +142,14 @@ SUMS = {split: [(n, n + change) for n in range(2, 11) for change in range(-8, 9)
 
 
 class Tale:
-    """One story in the making. All chance goes through `choose` and `chance`, which add up its bits."""
+    """One story in the making. `choose` and `chance` add up the bits of all chance that the text shows."""
 
     def __init__(self, rng):
         self.rng, self.bits, self.split, self.bad = rng, 0.0, "train", False
         self.parts, self.length, self.lines = [], 0, {}
         self.roles, self.recent, self.seen, self.used = {}, [], {}, {name: [] for name in VOCABULARY}
-        self.spans, self.features, self.events = [], [], []
+        self.spans, self.features = [], []
+        self.events = []  # what was owned and given, for tests
 
     def choose(self, options, weights=None):
         """One of the options; they are equally likely, or as their weights say."""

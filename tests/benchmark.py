@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from eval import evaluate, score
 from model import GPT, GPTConfig, pick_device
-from prepare import Parser, load_meta, load_tokens
+from prepare import Parser, load_meta, load_tokens, start
 from sample import NumpyGPT, generate
 from train import command_line, keep_large_blocks, make_optimizers, peak_memory
 
@@ -294,15 +294,12 @@ def growth(args):
     """What a step costs against the model's size, the context and the vocabulary: tokens a second, memory; and one
     process against two."""
     best = ["this FAST"]
-    for width in (64, 128, 256, 512):
-        (seconds, memory), = race(best, "train", 8, width, 16, args)[0].values()
-        yield f"tokens/s of training 8x{width}", [16 * 256 / s for s in seconds], f"{memory:,.0f} MB"
-    for length in (128, 256, 512, 1024):
-        (seconds, memory), = race(best, "train", 8, 128, 4096 // length, args, length)[0].values()
-        yield f"tokens/s of training 8x128, context {length}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
-    for vocabulary in (1024, 4096, 16384):
-        (seconds, memory), = race(best, "train", 8, 128, 16, args, vocabulary=vocabulary)[0].values()
-        yield f"tokens/s of training 8x128, vocabulary {vocabulary}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
+    cases = [(f"8x{width}", width, 256, VOCABULARY) for width in (64, 128, 256, 512)]
+    cases += [(f"8x128, context {length}", 128, length, VOCABULARY) for length in (128, 256, 512, 1024)]
+    cases += [(f"8x128, vocabulary {size}", 128, 256, size) for size in (1024, 4096, 16384)]
+    for what, width, length, vocabulary in cases:
+        (seconds, memory), = race(best, "train", 8, width, 4096 // length, args, length, vocabulary)[0].values()
+        yield f"tokens/s of training {what}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
     for processes in (1, 2)[:torch.cuda.device_count() or 2]:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
         summary = trained(args, "--max_steps=150", f"--batch_size={16 // processes}", launcher=launcher)
@@ -415,4 +412,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

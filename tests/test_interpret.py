@@ -221,6 +221,17 @@ def test_words_get_kinds_and_the_main_character_its_role(in_prepared):
     assert kinds_at("said Lily") == kinds_at("Then Lily") == ("name", "later") and kinds_at("Once")[0] != "name"
 
 
+def test_stories_are_read_whatever_the_context_cuts_and_names_run_on_with(in_prepared):
+    encoding = load_tokenizer("tiny")
+    text = "They saw Robo1 run, and Robo1 ran by a café 🙂."
+    ids = [encoding.eot_token] + encoding.encode_ordinary(text)
+    for size in range(2, len(ids) + 1):
+        s = interpret.read_stories([ids], encoding, size)
+        assert s.idx.tolist() == [ids[:size]] and s.kind.shape == s.role.shape == s.idx.shape
+        assert len(s.pieces[0]) == size and text.startswith("".join(s.pieces[0]))
+    assert "".join(s.pieces[0]) == text and s.role.tolist()[0].count(interpret.ROLES.index("first"))
+
+
 def test_the_lens_ends_at_the_models_own_logits(in_prepared):
     model, encoding = make_model(vocab_size=512), load_tokenizer("tiny")
     probe = {"prompt": "Once upon a time Lily took the", "right": [" kite"], "wrong": [" ball"]}

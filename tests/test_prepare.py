@@ -118,6 +118,12 @@ def test_splits_are_known_by_the_names_of_their_files(workplace, name, split):
     assert prepare.find_files(str(workplace)) == [(str(workplace / name), split)]
 
 
+def test_files_that_begin_with_a_byte_order_mark_can_be_joined(workplace):
+    for name, one in (("s.jsonl", '\ufeff{"story": "One."}\n'), ("s.txt", "\ufeffOne.\n<|endoftext|>\n")):
+        (workplace / name).write_text(one * 3)
+        assert [r["story"] for r in prepare.read_records(name)] == ["One."] * 3
+
+
 def test_an_empty_file_has_no_stories(workplace):
     for name in ("s.txt", "s.jsonl"):
         (workplace / name).write_bytes(b"")
@@ -351,7 +357,7 @@ def test_readers_notice_bins_that_are_cut_off_or_mixed_up(workplace):
     prepare.main(["--dataset=x", "--val_fraction=0.2"])
     tokens = os.path.getsize("data/x/train.bin") // 2
     os.truncate("data/x/train.bin", 24)
-    with pytest.raises(SystemExit, match=f"train.bin has 12 tokens, meta.json says {tokens:,}: .*--dataset=x"):
+    with pytest.raises(SystemExit, match=f"train.bin has 24 bytes, meta.json says {2 * tokens:,}: .*--dataset=x"):
         prepare.load_tokens("x", "train")
     with open("data/x/tokenizer.tiktoken", "a") as f:
         f.write("YWFh 999\n")
