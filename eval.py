@@ -177,7 +177,7 @@ def passes(model, encoding, probes, title="probes"):
         same = next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
         for row in rows:
             cut = max(0, len(row) + 1 - model.config.block_size)  # what the context cannot hold
-            parts.append((len(tokens) + 1 + same - cut, len(tokens) + 1 + len(row) - cut))
+            parts.append((len(tokens) + 1 + max(0, same - cut), len(tokens) + 1 + len(row) - cut))
             tokens += [eot] + row[cut:]
         ends.append(len(parts))
     nats = score(model, np.array(tokens + [eot]), eot, title=title)
@@ -187,7 +187,7 @@ def passes(model, encoding, probes, title="probes"):
 
 def skill_accuracy(model, dataset, per_skill=200):
     """{skill: share} of the marked words of validation stories that the model finds likelier than the tempting wrong
-    ones; {} where no story carries spans."""
+    ones; {} where no record, or file, that is marked val carries spans."""
     if not (spans := read_spans(dataset, per_skill)):
         return {}
     right, skills = passes(model, load_tokenizer(dataset), spans, "skills"), np.array([s["skill"] for s in spans])
@@ -202,7 +202,7 @@ def count_phrases(phrases, dataset, most=5_000_000):
                       leave=False, disable=None):
         text = encoding.decode(tokens[begin:begin + 50_000].tolist()).lower()
         words = Counter(re.findall(r"[^\W_]+", text))
-        counts.update({phrase: text.count(phrase) if " " in phrase else words[phrase] for phrase in phrases})
+        counts.update({phrase: words[phrase] if phrase.isalnum() else text.count(phrase) for phrase in phrases})
     return counts
 
 
@@ -215,7 +215,7 @@ def shortcut(probe, score_of):
 
 def places(probe, continuation):
     """Where a continuation already stands in its prompt."""
-    word = rf"\b{re.escape(continuation.strip())}\b"
+    word = rf"(?<!\w){re.escape(continuation.strip())}(?!\w)"  # which may be "+1"
     return [match.start() for match in re.finditer(word, probe["prompt"], re.IGNORECASE)]
 
 
@@ -231,7 +231,8 @@ def grade_probes(subject, probes, counts):
         for reader, passed in readers.items():
             figures[skill + reader] = interval([x for x, p in zip(passed, probes) if p["skill"] == skill])
         for kind in sorted({p["kind"] for p in probes if p["skill"] == skill} - {skill}):
-            figures[f"{skill}: {kind}"] = interval([x for x, p in zip(readers[""], probes) if p["kind"] == kind])
+            figures[f"{skill}: {kind}"] = interval([x for x, p in zip(readers[""], probes)
+                                                    if (p["skill"], p["kind"]) == (skill, kind)])
     return figures
 
 

@@ -247,20 +247,23 @@ def find_run():
     return os.path.dirname(max(runs, key=os.path.getmtime))
 
 
-def load_checkpoint(path, device="cpu"):
-    """The dict that train.py saved, from a file or a run's folder."""
+def load_checkpoint(path):
+    """The dict that train.py saved, on the CPU, from a file or a run's folder."""
     path = path if path.endswith(".pt") else os.path.join(path, "ckpt.pt")
     if not os.path.exists(path):
         sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path)} first")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         sys.exit(f"{path} cannot be read ({e.__class__.__name__}), it may be cut off or be no checkpoint: train again")
+    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
+        sys.exit(f"{path} is no checkpoint of train.py: python train.py writes one")
+    return checkpoint
 
 
 def load_model(path, device="cpu", block_size=0):
     """(model in float32, checkpoint) of a run's folder or a checkpoint file; with another context, if one is given."""
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     config = GPTConfig(**checkpoint["model_config"])
     if block_size and config.pos == "learned" and block_size != config.block_size:
         sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens, and for no other")

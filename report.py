@@ -41,8 +41,9 @@ def over_seeds(results, settings):
     its lowest and highest value."""
     def spread(values):
         values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
-        if isinstance(next(iter(values), None), int):  # a count of stories, which all have
+        if len(set(values)) == 1 and not isinstance(values[0], float):  # a count that all have, or the judge's name
             return values[0]
+        values = [value for value in values if not isinstance(value, str)]
         return [sum(values) / len(values), min(values), max(values)] if values else None
 
     def along(runs):

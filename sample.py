@@ -91,7 +91,7 @@ def load_run(path, device="cpu", block_size=0):
     """(model in float32, checkpoint, encoding) of a run's folder or a checkpoint in it; with another context, if one is
     given."""
     model, checkpoint = load_model(path, device, block_size)
-    folder = os.path.dirname(path) if path.endswith(".pt") else path
+    folder = (os.path.dirname(path) or ".") if path.endswith(".pt") else path
     file = os.path.join(folder, "tokenizer.tiktoken")
     if not os.path.exists(file) or file_hash(file) != checkpoint["tokenizer"]:
         sys.exit(f"{file} is missing, or not the one this model was trained with: copy it from "
@@ -131,15 +131,14 @@ def tell(model, encoding, prompt, max_tokens, seeds, **how):
 
 
 def stream(model, encoding, prompt, max_tokens, seed, **how):
-    """Write one story to the terminal as its tokens come; returns its token ids."""
+    """Write one story to the terminal as its tokens come."""
     ids, decoder = [encoding.eot_token] + encoding.encode_ordinary(prompt), getincrementaldecoder("utf-8")("replace")
     print(prompt, end="", flush=True)
     for token in generate(model, ids, max_tokens, [seed], encoding.eot_token, **how):
         if token.item() != encoding.eot_token:
-            ids.append(token.item())  # a character may be spread over several tokens: the decoder waits for its end
-            print(decoder.decode(encoding.decode_single_token_bytes(ids[-1])), end="", flush=True)
+            # a character may be spread over several tokens: the decoder waits for its end
+            print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
     print(decoder.decode(b"", final=True))
-    return ids[1:]
 
 
 LEAST = {"temperature": 0, "top_k": 0, "top_p": 1e-9, "min_p": 0, "max_tokens": 1, "num_samples": 1, "seed": 0}

@@ -99,7 +99,7 @@ def parse_mix(text):
     try:
         parts = [part.partition(":") for part in text.split(",")]
         weights = {name: float(weight or 1) for name, _, weight in parts}
-        if min(weights.values()) < 0:
+        if not all(0 <= weight < math.inf for weight in weights.values()):
             raise ValueError
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
     except (ValueError, ZeroDivisionError):
@@ -219,7 +219,7 @@ def keep_large_blocks():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except OSError:
         return  # not Linux
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     mallopt(-2, 1 << 28)  # M_TOP_PAD
 
@@ -261,10 +261,13 @@ def main(argv=None):
         heads = range(1, args.n_embd // 64 + 1)  # of an even number of channels each, as rope wants them
         args.n_head = max((n for n in heads if args.n_embd % (2 * n) == 0), default=1)
     least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_flops=0,
-                 max_minutes=0, evals=0, embed_std=0.001)
+                 max_minutes=0, evals=0, embed_std=0.001, batch_tokens=1, lr=0, weight_decay=0, clip=0, warmup=0,
+                 cooldown=0)
     for name, value in least.items():
         if getattr(args, name) < value:
             sys.exit(f"--{name}={getattr(args, name)} must be at least {value}")
+    if max(args.warmup, args.cooldown) > 1:
+        sys.exit("--warmup and --cooldown are shares of the run, from 0 to 1")
     if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_flops, args.max_minutes)) > 1:
         sys.exit("give only one of --max_steps, --max_tokens, --max_flops and --max_minutes: the schedule follows it")
     mix = parse_mix(args.dataset)
@@ -314,7 +317,7 @@ def main(argv=None):
     step, seconds, used = 0, 0.0, [0] * len(data)
     checkpoint = None
     if args.resume:
-        checkpoint = load_checkpoint(path, "cpu")
+        checkpoint = load_checkpoint(path)
         for name, value in vars(args).items():
             if name not in FREE and checkpoint["args"][name] != value:
                 sys.exit(f"{out_dir} was trained with --{name}={checkpoint['args'][name]}, not {value}: resume with "
@@ -326,7 +329,7 @@ def main(argv=None):
         sys.exit(f"{out_dir} holds a run: add --resume to go on with it, or name another with --out_dir=out/NAME")
     model = GPT(config, args.embed_std).to(device)
     if args.init_from and not checkpoint:
-        old = load_checkpoint(args.init_from, device)
+        old = load_checkpoint(args.init_from)
         if old["model_config"] != asdict(config) or old["tokenizer"] != tokenizer:
             differs = [f"{k}={v}" for k, v in old["model_config"].items() if asdict(config)[k] != v] or ["tokenizer"]
             sys.exit(f"--init_from={args.init_from} does not fit this run; it has another {', '.join(differs)}")
@@ -356,7 +359,7 @@ def main(argv=None):
         return say(f"{out_dir} is finished (step {step:,}): give a longer run to go on, or python eval.py {out_dir}")
 
     # compiling takes half a minute or so, and makes a step up to twice as fast
-    worth_it = {"cpu": 2e13, "cuda": 5e15}.get(device.type, math.inf)  # FLOPs that take some two minutes without
+    worth_it = 2e13 if device.type == "cpu" else 5e15  # FLOPs that take some two minutes without
     long = args.max_minutes > 2 if args.max_minutes else max_steps * step_tokens * flops > worth_it
     compiled = args.compile == "True" or args.compile == "auto" and long and device.type != "mps"
     began, forward = time.perf_counter(), model
@@ -376,7 +379,7 @@ def main(argv=None):
         forward = DistributedDataParallel(forward)
 
     peak = next((peak for name, peak in PEAKS.items() if device.type == "cuda" and dtype != torch.float32 and
-                 re.search(rf"\b{name}\b(?! (Ti|Laptop))", torch.cuda.get_device_name(device))), None)
+                 re.search(rf"\b{name}\b(?!.*\b(Ti|Laptop|D|NVL|MIG)\b)", torch.cuda.get_device_name(device))), None)
     # float32 weights and gradients, two averages of these in AdamW, one in Muon
     memory = 16 * model.num_params() - 4 * (args.optimizer == "muon") * model.num_params(embedding=False)
     budget = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{max_steps:,} steps"
@@ -437,9 +440,9 @@ def main(argv=None):
     bar = tqdm(total=60 * args.max_minutes or max_steps, initial=seconds if args.max_minutes else step,
                unit="s" if args.max_minutes else "step", disable=None if master else True,
                bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
-    model.train()
-    # started: when the run would have begun, had it never been stopped or compiled; aside: seconds of evaluations
-    pending, aside, started, first_step = [], 0.0, time.perf_counter() - seconds, step
+    # started: when the run would have begun, had it never been stopped or compiled; aside: its seconds before this
+    # process, and of evaluations
+    aside, started, first_step = seconds, time.perf_counter() - seconds, step
     progress, stopped = clock()
     while progress < 1 and not stopped:
         factor = learning_rate(progress if args.max_minutes else (step + 0.5) / max_steps, args)
@@ -475,34 +478,30 @@ def main(argv=None):
         scaler.update()
         step += 1
         if step == first_step + 1:  # the clock of a run starts when its first step has compiled
-            first_seconds, seconds_before = time.perf_counter() - started - seconds, seconds
+            first_seconds = time.perf_counter() - started - seconds
             started += first_seconds
         seconds = time.perf_counter() - started
-        pending.append(total)
 
         before = progress
         progress, stopped = clock()
         due = progress < 1 and int(progress * args.evals) > int(before * args.evals)
         if step % args.log_interval == 0 or due or progress >= 1 or stopped:
-            count, losses = len(pending), torch.stack(pending)
             if processes > 1:
-                dist.all_reduce(losses)
-                losses /= processes
-            # a step whose gradients were not finite has spoiled the weights, though its own loss was still good
-            losses, pending = losses.tolist() + [math.nan] * (not scaler.is_enabled() and not norm.isfinite()), []
-            if not all(map(math.isfinite, losses)):
-                bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-                sys.exit(f"the loss is {losses[bad]} at step {step - count + min(bad + 1, count)}; the last checkpoint "
-                         f"stays: try a lower --lr than {args.lr:g}, a longer --warmup, or --dtype=float32")
-            speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - seconds_before - aside)
+                dist.all_reduce(total)
+            # gradients that are not finite have spoiled the weights, for good, though the step's own loss was fine
+            train_loss = total.item() / processes if scaler.is_enabled() or norm.isfinite() else math.nan
+            if not math.isfinite(train_loss):
+                sys.exit(f"the loss is {train_loss} at step {step}; the last checkpoint stays: try a lower --lr than "
+                         f"{args.lr:g}, a longer --warmup, or --dtype=float32")
+            speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - aside)
             if step % args.log_interval == 0 or due or progress >= 1:
                 mfu = {"mfu": round(speed * flops / peak / processes, 4)} if peak else {}
-                write_log(train_loss=losses[-1], lr=groups[0]["lr"], tokens_per_second=round(speed), **mfu,
+                write_log(train_loss=train_loss, lr=groups[0]["lr"], tokens_per_second=round(speed), **mfu,
                           grad_norm=norm.item() if norm.isfinite() else None)
-            bar.set_postfix_str(f", loss {losses[-1]:.3f}, {speed:,.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f", loss {train_loss:.3f}, {speed:,.0f} tok/s", refresh=False)
             if bar.disable and 1 < step - first_step < 3 * args.log_interval:
                 left = seconds * (1 / progress - 1) / 60
-                say(f"step {step}: train loss {losses[-1]:.3f}, {speed:,.0f} tokens/s, about {left:.1f} minutes left")
+                say(f"step {step}: train loss {train_loss:.3f}, {speed:,.0f} tokens/s, about {left:.1f} minutes left")
         bar.update((seconds if args.max_minutes else step) - bar.n)
         if master and args.keep == "log" and step & (step - 1) == 0:
             save(weights(), os.path.join(out_dir, f"ckpt-{step:07d}.pt"))
@@ -511,8 +510,7 @@ def main(argv=None):
                 result = validate(args.eval_stories)
                 write_log(**result)
                 ids, = tell(model, encoding, "", 300, [args.seed + step], temperature=0.8)
-                model.train()
-                say(f"step {step:,}: train loss {losses[-1]:.4f}, val_bpb {result['val_bpb']:.4f}\n  "
+                say(f"step {step:,}: train loss {train_loss:.4f}, val_bpb {result['val_bpb']:.4f}\n  "
                     + encoding.decode(ids).replace("\n", "\n  "))
                 aside += time.perf_counter() - started - seconds
                 seconds = time.perf_counter() - started
@@ -537,7 +535,7 @@ def main(argv=None):
             floor = metas[first]["val"].get("bits_per_byte")
             if floor and len(mix) == 1:
                 result["floor_bpb"] = floor  # of a world whose choices are known
-            summary = {**{key: f"{value:.4f}" for key, value in result.items()}, "train_loss": f"{losses[-1]:.4f}",
+            summary = {**{key: f"{value:.4f}" for key, value in result.items()}, "train_loss": f"{train_loss:.4f}",
                        "steps": step, "tokens": step * step_tokens,
                        "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
                        "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds + compile_seconds:.1f}",

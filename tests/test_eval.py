@@ -188,7 +188,7 @@ def test_stories_are_described_side_by_side(workplace, capsys):
     assert float(a["near-copies"].split()[0]) >= 20 and b["near-copies"] == "0.00 %"
     assert b["stories"] == "2" and b["words a story"] == "8" and b["distinct words"] == "14"
     assert b["name 1"] == "Sam 50.00 %"  # names are counted within sentences, where all other words are small
-    assert b["distinct 1-grams per 100,000 words"] == "87,500" and "requested words used" not in b
+    assert b["distinct 1-grams in 100,000 words"] == "14 in 16" and "requested words used" not in b
     assert 0 < float(a["requested words used"].split()[0]) < 70
     assert any("exact copies" in name for name in table)
     with pytest.raises(SystemExit, match="no file c.jsonl"):
@@ -245,6 +245,14 @@ def test_probes_are_passed_by_the_likelier_continuation(in_prepared):
     assert eval.passes(model, encoding, probes).tolist() == expected and 0.1 < np.mean(expected) < 0.9
 
 
+def test_a_small_context_prefers_no_side(in_prepared):
+    """What differs is longer than the context, and is scored as far as that holds it."""
+    model, encoding = make_model(vocab_size=512, block_size=8), load_tokenizer("tiny")
+    sides = " a big red kite and a ball of snow from the hill.", " the park and the river, where she sat and slept."
+    assert sum(eval.passes(model, encoding, [{"prompt": "She saw", "right": [a], "wrong": [b]}]).item()
+               for a, b in (sides, sides[::-1])) == 1
+
+
 def test_shortcuts_are_counted_right(in_prepared):
     encoding = load_tokenizer("tiny")
     for name, score in (("nearest mentioned", lambda p: lambda c: max(eval.places(p, c), default=-1)),
@@ -258,6 +266,8 @@ def test_shortcuts_are_counted_right(in_prepared):
     found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], counts)
     assert found["fact, the most frequent in train"][0] == 1 and found["fact, by chance"][0] == pytest.approx(1 / 3)
     assert found["fact: x"] == found["fact"]
+    lego = {"prompt": "r = -j, j = +1. / j =", "right": [" +1"], "wrong": [" -1"]}
+    assert eval.places(lego, " +1") == [12] and not eval.places(lego, " -1")
 
 
 def test_spans_are_probes_by_kind_and_depth(workplace):
@@ -546,6 +556,7 @@ def test_without_transformers_the_error_says_what_to_install(workplace, monkeypa
 def test_runs_of_several_seeds_are_shown_as_one():
     """Mean, lowest and highest of each figure; another setting stays for itself, and so does what is not measured."""
     part = lambda loss, passed: {"model": {"parameters": 5}, "loss": {"val_bpb": [loss, 0, 9], "stories": 7},
+                                 "judge": {"judge": "m", "replies": int(loss)},
                                  "probes": {"fact": passed, "context": None},
                                  "steps": {"probes": {"fact": [(1, 0, loss, 9), (2, 0, 5.0, 9)]}}}
     results = {"a-1": part(1.0, [0.5, 0.4, 0.6]), "b-1": part(7.0, [1, 1, 1]), "a-2": part(2.0, 0.25),
@@ -553,6 +564,7 @@ def test_runs_of_several_seeds_are_shown_as_one():
     found = report.over_seeds(results, {"a-1": "x", "a-2": "x", "b-1": "y", "a-3": "x"})
     assert list(found) == ["a-1", "b-1"] and found["b-1"]["loss"]["val_bpb"] == [7, 7, 7]
     assert found["a-1"] == {"model": {"parameters": 5, "runs": 3}, "loss": {"val_bpb": [2, 1, 3], "stories": 7},
+                            "judge": {"judge": "m", "replies": [2, 1, 3]},
                             "probes": {"fact": [0.375, 0.25, 0.5], "context": None},
                             "steps": {"probes": {"fact": [(1, 1, 2, 3), (2, 5, 5, 5)]}}}
 

@@ -199,6 +199,8 @@ def test_bad_checkpoints_end_in_one_line(tmp_path):
         (tmp_path / "ckpt.pt").write_bytes(content)
         with pytest.raises(SystemExit, match="ckpt.pt cannot be read"):
             load_checkpoint(str(tmp_path))
+    with pytest.raises(SystemExit, match="is no checkpoint of train.py"):
+        load_checkpoint(str(tmp_path / "whole.pt"))
 
 
 def test_a_device_that_is_not_there_ends_in_one_line():

@@ -193,7 +193,7 @@ def test_a_signal_saves_and_a_shell_loop_ends_with_ctrl_c(in_prepared, number):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
-    train.save({"step": 1}, str(tmp_path / "ckpt.pt"))
+    train.save({"step": 1, "model_config": {}}, str(tmp_path / "ckpt.pt"))
     os.symlink("/dev/full", tmp_path / "ckpt.pt.tmp")
     with pytest.raises(SystemExit, match="cannot write .*the last checkpoint stays: make room"):
         train.save({"step": 2, "weights": torch.zeros(10**6)}, str(tmp_path / "ckpt.pt"))
@@ -230,6 +230,9 @@ def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
     (["--out_dir=out/new", "--resume"], "no checkpoint out/new/ckpt.pt"),
     (["--out_dir=out/new", "--max_steps=3", "--max_minutes=1"], "give only one of"),
     (["--out_dir=out/new", "--embed_std=0"], "--embed_std=0.0 must be at least 0.001"),
+    (["--out_dir=out/new", "--clip=-1"], "--clip=-1.0 must be at least 0"),
+    (["--out_dir=out/new", "--warmup=200"], "shares of the run, from 0 to 1"),
+    (["--out_dir=out/new", "--dataset=tiny:nan"], "neither a name nor name:weight"),
     (["--out_dir=out/new", "--log_interval=0"], "--log_interval=0 must be at least 1"),
     (["--out_dir=out/new", "--batch_tokens=16"], "--batch_tokens=16 is 0 rows"),
     (["--out_dir=out/new", "--block_size=100000"], "fewer than one block"),
