@@ -511,13 +511,14 @@ def main(argv=None):
         path = run[:-2] if run.endswith(".pt") else os.path.join(run, "")
         found[path] = study(run, args, device)
         write_whole(path + "interpret.json", json.dumps(found[path], ensure_ascii=False))
-    runs = list(found.values())
+    results = {r["run"]: summary(r) for r in found.values()}
+    if args.seeds:
+        results = over_seeds(results, {r["run"]: r["settings"] for r in found.values()})
     for path, result in found.items():
-        write_whole(path + "interpret.html", inside(result, runs))
+        write_whole(path + "interpret.html", inside(result, results if len(found) > 1 else {}))
         print(f"{path}interpret.html and interpret.json are written")
-    if len(runs) > 1:
-        results = {r["run"]: summary(r) for r in runs}
-        print_table(table(over_seeds(results, {r["run"]: r["settings"] for r in runs}) if args.seeds else results))
+    if len(found) > 1:
+        print_table(table(results))
 
 
 if __name__ == "__main__":

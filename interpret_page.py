@@ -9,7 +9,7 @@ import numpy as np
 
 from model import alibi_slopes
 from prepare import SKILLS
-from report import chart, page
+from report import chart, html_table, page
 
 EXTRA = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit }
 .note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem }
@@ -182,7 +182,7 @@ def summary(r):
     kinds = {"distance": "heads by distance", "semantic": "heads by words", "mixed": "heads mixed"}
     explained = [[h[name] for h in heads] for name in ("distance", "words")]
     return {"model": {"layers": r["config"]["n_layer"], "channels": r["config"]["n_embd"],
-                      "heads": r["config"]["n_head"]},
+                      "heads": r["config"]["n_head"], "parameters": r["parameters"]},
             f"loss on {r['dataset']}": {"nats a token": r["loss"]},
             "heads": {**{name: sum(h["type"] == kind for h in heads) / len(heads) for kind, name in kinds.items()},
                       "heads mixed, untrained": float(np.mean([h["type"] == "mixed" for h in r["untrained heads"]])),
@@ -194,23 +194,23 @@ def summary(r):
 
 
 def compare(results):
-    """HTML of several runs in a table and charts."""
-    sums = [{name: value for figures in summary(r).values() for name, value in figures.items()} for r in results]
-    rows = [[r["run"], r["dataset"], *figures.values()] for r, figures in zip(results, sums)]
-    points = {"parameters": [r["parameters"] for r in results], "layers": [figures["layers"] for figures in sums]}
-    names = ("heads mixed", "a neuron's commonest kind", "a neuron's commonest kind, shuffled")
-    charts = [chart(f"Against {what}", what, "share", {name: [(x, figures[name]) for x, figures in zip(where, sums)]
-                                                       for name in names}, log_x=what == "parameters", lines=False)
-              for what, where in points.items()]
-    return (f"<h2>Runs compared</h2>{table(['run', 'stories', *sums[0]], rows)}"
-            f"<div class=\"charts\">{''.join(charts)}</div>")
+    """HTML of {run: summary}, of runs or of seeds put together, in a table and charts."""
+    def along(what):
+        points = {name: [(r["model"][what], r[part][name]) for r in results.values()] for name, part in (
+            ("heads mixed", "heads"), ("a neuron's commonest kind", "neurons"),
+            ("a neuron's commonest kind, shuffled", "neurons"))}
+        return {name: [(x, y[1], y[0], y[2]) if isinstance(y, list) else (x, y) for x, y in some]
+                for name, some in points.items()}
+    charts = [chart(f"Against {what}", what, "share", along(what), log_x=what == "parameters", lines=False)
+              for what in ("parameters", "layers")]
+    return f"<h2>Runs compared</h2>{html_table(results)}<div class=\"charts\">{''.join(charts)}</div>"
 
 
 def inside(r, results):
-    """The page about one run's results, with a comparison if there are several."""
+    """The page about one run's results r, with a comparison if there are several: {run: summary}."""
     c = r["config"]
     shape = f"{c['n_layer']} layer{'s' * (c['n_layer'] > 1)} of {c['n_embd']} channels and {c['n_head']} heads"
     intro = (f"{EXTRA}<p>{shape}, counted from 0; {r['parameters']:,} parameters; "
              f"{r['stories']} validation stories of {escape(r['dataset'])}.</p>")
-    compared = compare(results) if len(results) > 1 else ""
+    compared = compare(results) if results else ""
     return page(f"Inside {r['run']}", intro + compared + show_heads(r) + show_neurons(r) + show_skills(r))

@@ -84,6 +84,12 @@ def table(results):
     return rows
 
 
+def html_table(results):
+    rows = ["<tr>" + (f"<th colspan={1 + len(results)}>{escape(row[0])}" if len(row) == 1 else
+                      "".join(f"<td>{escape(text)}" for text in row)) for row in table(results)]
+    return '<div class="scroll"><table>\n' + "\n".join(rows) + "\n</table></div>\n"
+
+
 def print_table(rows):
     widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
     for name, *cells in rows:
@@ -215,7 +221,5 @@ def compare(results, folders, brackets):
             name: [(r[key] / unit, r["val_bpb"]) for r in log] for name, log in logs.items()}, log_x=True))
     charts.append(chart("bits per byte against size", size, "val_bpb", {
         title: by_size(title, "val_bpb") for title in titles if title.startswith("loss")}, log_x=True))
-    rows = ["<tr>" + (f"<th colspan={1 + len(results)}>{escape(row[0])}" if len(row) == 1 else
-                      "".join(f"<td>{escape(text)}" for text in row)) for row in table(results)]
-    return page("Models compared", '<div class="charts">\n' + "".join(charts) + '</div>\n<div class="scroll"><table>\n'
-                + "\n".join(rows) + f"\n</table></div>\n<p>In brackets: {brackets}.</p>")
+    return page("Models compared", '<div class="charts">\n' + "".join(charts) + "</div>\n" + html_table(results)
+                + f"<p>In brackets: {brackets}.</p>")

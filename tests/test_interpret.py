@@ -258,7 +258,7 @@ def written(run, prepared):
         prepare(["--dataset=hostile", "--tokenizer=tiny"])
         shutil.copytree(run, "out/<i>")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            interpret.main([run, "out/<i>", "--dataset=hostile", "--stories=30", "--device=cpu", "--seeds"])
+            interpret.main(["out/<i>", run, "--dataset=hostile", "--stories=30", "--device=cpu", "--seeds"])
     folder = prepared / run
     return folder / "interpret.html", json.loads((folder / "interpret.json").read_text()), printed.getvalue()
 
@@ -317,9 +317,9 @@ def browser():
         driver.wait()
 
 
-def test_several_runs_are_compared_and_seeds_are_one_column(written):
+def test_several_runs_are_compared_and_seeds_are_one_column(run, written):
     _, numbers, printed = written
-    assert "out/<i>  " not in printed  # the same run: one column
+    assert f"{run}  " not in printed  # the same run: one column
     figures = {name: cell for name, cell in re.findall(r"^  (.*?)  +(\S.*)$", printed, re.M)}
     heads = numbers["heads"]
     assert figures["runs"] == "2" and figures["channels"] == "64"
