@@ -59,8 +59,7 @@ def describe(path):
     figures.update({f"opening {i}": f"{a} {share(m)}" for i, (a, m) in enumerate(starts.most_common(3), 1)})
     figures["with Once upon a time"] = share(n["once"])
     figures.update({f"name {i}": f"{name} {share(m)}" for i, (name, m) in enumerate(names, 1)})
-    of = f" in {n['gram words']:,}" * (n["gram words"] < 100_000)
-    figures.update({f"distinct {i}-grams in 100,000 words": f"{len(some):,}{of}"
+    figures.update({f"distinct {i}-grams": f"{len(some):,} in {n['gram words']:,} words"
                     for i, some in enumerate(grams, 1)})
     if n["asked"]:
         figures["requested words used"] = f"{100 - 100 * n['missing'] / n['asked']:.1f} %"

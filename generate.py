@@ -53,9 +53,9 @@ def plans(n, seed, lists):
     """Yield n stories' [verb, noun, adjective], never the same three twice, and list of 0 to 3 features.
 
     The first of a larger n are the same, so that a corpus can be extended."""
-    rng, seen = random.Random(seed), set()
+    rng, seen = random.Random(seed), {()}
     for _ in range(n):
-        words = tuple(map(rng.choice, lists))
+        words = ()
         while lists and words in seen:
             words = tuple(map(rng.choice, lists))
         seen.add(words)

@@ -195,14 +195,14 @@ def summary(r):
 
 def compare(results):
     """HTML of {run: summary}, of runs or of seeds put together, in a table and charts."""
-    def along(what):
-        points = {name: [(r["model"][what], r[part][name]) for r in results.values()] for name, part in (
-            ("heads mixed", "heads"), ("a neuron's commonest kind", "neurons"),
-            ("a neuron's commonest kind, shuffled", "neurons"))}
-        return {name: [(x, y[1], y[0], y[2]) if isinstance(y, list) else (x, y) for x, y in some]
-                for name, some in points.items()}
-    charts = [chart(f"Against {what}", what, "share", along(what), log_x=what == "parameters", lines=False)
-              for what in ("parameters", "layers")]
+    parts = {"heads mixed": "heads", "a neuron's commonest kind": "neurons",
+             "a neuron's commonest kind, shuffled": "neurons"}
+
+    def point(x, y):
+        return (x, y[1], y[0], y[2]) if isinstance(y, list) else (x, y)
+    charts = [chart(f"Against {what}", what, "share", {
+        name: [point(r["model"][what], r[part][name]) for r in results.values()] for name, part in parts.items()},
+        log_x=what == "parameters", lines=False) for what in ("parameters", "layers")]
     return f"<h2>Runs compared</h2>{html_table(results)}<div class=\"charts\">{''.join(charts)}</div>"
 
 

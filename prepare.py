@@ -190,7 +190,7 @@ def cut(path):
 
 def parse(path, content):
     """The stories in bytes of a file, each as a record {"story": text, …}: JSON lines, or text split at EOT."""
-    text = content.decode().replace("\ufeff", "")  # byte-order marks, also of files that were joined
+    text = re.sub(r"(?m)^\ufeff", "", content.decode())  # byte-order marks, also of files that were joined
     if path.endswith(".jsonl"):
         records = [json.loads(line) for line in text.split("\n") if line.strip()]
         for record in records:
@@ -290,7 +290,8 @@ def choose(files, args):
         if not kept[split]:
             sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}"
                      f"{''.join(f'; {n:,} {what}' for what, n in counts.items())}: "
-                     f"{'raise' if split == 'val' else 'lower'} --val_fraction, or give more stories")
+                     f"{'raise' if split == 'val' else 'lower'} --val_fraction, give more stories"
+                     + ", or keep these with --clean=False" * bool(counts))
     return plan, counts
 
 

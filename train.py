@@ -264,7 +264,7 @@ def main(argv=None):
                  max_minutes=0, evals=0, embed_std=0.001, batch_tokens=1, lr=0, weight_decay=0, clip=0, warmup=0,
                  cooldown=0)
     for name, value in least.items():
-        if getattr(args, name) < value:
+        if not getattr(args, name) >= value:  # nor is nan
             sys.exit(f"--{name}={getattr(args, name)} must be at least {value}")
     if max(args.warmup, args.cooldown) > 1:
         sys.exit("--warmup and --cooldown are shares of the run, from 0 to 1")
