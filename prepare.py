@@ -498,6 +498,8 @@ def find_sources(args, folder):
             if not os.path.exists(f"{folder}/{name}"):
                 download(f"{args.url}/{name}", f"{folder}/{name}")
         return [(f"{folder}/{name}", split) for name, split in zip(VERSIONS[args.version], ("train", "val"))]
+    if args.input and not os.path.exists(args.input):
+        sys.exit(f"no file or folder {args.input}: name one with --input=FILE")
     return find_files(args.input or folder) or sys.exit(f"no .txt or .jsonl file in {args.input or folder}: " + (
         "run python world.py" if args.dataset == "world" else
         f"put stories there, name them with --input=FILE, or write some: python generate.py --name={args.dataset}"))

@@ -501,7 +501,8 @@ def main(argv=None):
     print(f"bits per byte: {total['bits'] / total['bytes']:.4f}, what all choices cost: the loss of a perfect model")
     print("spans per 100 words: " + ", ".join(f"{skill} {100 * total[skill] / total['words']:.2f}" for skill in
                                               ("grammar", "fact", "context", "reasoning")))
-    print(f"next: python prepare.py --dataset={args.name or args.kind}" + " --clean=False" * (args.kind == "lego"))
+    print(f"next: python prepare.py --dataset={args.name or args.kind}" + " --clean=False" * (args.kind == "lego")
+          if total["val"] else "none is for val: to train on them, raise --n")
 
 
 if __name__ == "__main__":

@@ -313,6 +313,8 @@ def test_bad_input_ends_in_one_line(workplace, file, content, expected):
     with pytest.raises(SystemExit, match=expected):
         prepare.main(["--dataset=x", f"--input={workplace}"])
     assert not os.path.exists("data/x/meta.json")
+    with pytest.raises(SystemExit, match="no file or folder s.mobi"):
+        prepare.main(["--dataset=x", "--input=s.mobi"])
 
 
 def test_a_switch_takes_no_word_after_it():

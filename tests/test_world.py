@@ -349,8 +349,9 @@ def test_file(tmp_path, monkeypatch, capsys):
     assert [json.loads(line) for line in lines] == list(world.stories(50, 3))
     assert [path.name for path in (tmp_path / "data/small").iterdir()] == ["stories.jsonl"]
     assert "bits per byte" in capsys.readouterr().out
-    world.main(["--n=5", "--kind=lego"])
+    world.main(["--n=1", "--kind=lego"])
     assert (tmp_path / "data/lego/stories.jsonl").exists()
+    assert "1 stories (0 for val)" in (out := capsys.readouterr().out) and "raise --n" in out and "next:" not in out
 
 
 @pytest.mark.parametrize("argument, code",
