@@ -105,7 +105,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.proj(F.relu(self.fc(x)).square())
+        x = F.relu(self.fc(x))
+        return self.proj(x * x)  # as a product: .square() in autocast on a GPU would be computed, and kept, in float32
 
 
 class Block(nn.Module):
