@@ -151,17 +151,17 @@ def make_world():
 
 
 def orthogonalised(x, dtype):
-    """About U V^T of x = U S V^T (M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
+    """About U V^T of each x = U S V^T (B, M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
 
     Newton-Schulz iteration of fifth degree; its coefficients, and the whole optimizer, are Jordan et al.'s (2024,
     kellerjordan.github.io/posts/muon)."""
-    tall = x.size(0) > x.size(1)
-    x = (x.T if tall else x).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -176,15 +176,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            together = {}  # a GPU takes all matrices of one shape at once, whose products alone are too small for it
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalised(p.grad.lerp(mean, group["momentum"]), self.dtype)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                if p.grad is not None:
+                    together.setdefault(p.shape if p.is_cuda else id(p), []).append(p)
+            for matrices in together.values():
+                updates = []
+                for p in matrices:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(mean, group["momentum"]))
+                for p, update in zip(matrices, orthogonalised(torch.stack(updates), self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def make_optimizers(model, args):
@@ -194,14 +199,12 @@ def make_optimizers(model, args):
     over more than usual: most rows of a table have no gradient in most steps."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     tables = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("blocks.")]
-    device = model.head.weight.device
-    fused = device.type == "cuda"
     if args.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": tables, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
-    products = torch.bfloat16 if pick_device(str(device))[1] == torch.bfloat16 else torch.float32
+        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+    products = torch.bfloat16 if pick_device(str(model.head.weight.device))[1] == torch.bfloat16 else torch.float32
     return [Muon(matrices, products, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
-            torch.optim.AdamW(tables, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99), fused=fused)]
+            torch.optim.AdamW(tables, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
 
 
 def learning_rate(progress, args):
@@ -227,7 +230,7 @@ def keep_large_blocks():
 def peak_memory(device):
     """The most MB that this process has taken so far, on the GPU where it uses one."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
+        return torch.cuda.max_memory_reserved(device) >> 20
     if not resource:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) >> 20
@@ -490,6 +493,7 @@ def main(argv=None):
                 dist.all_reduce(total)
             # gradients that are not finite have spoiled the weights, for good, though the step's own loss was fine
             train_loss = total.item() / processes if scaler.is_enabled() or norm.isfinite() else math.nan
+            seconds = time.perf_counter() - started  # a GPU has now done what it was given to do
             if not math.isfinite(train_loss):
                 sys.exit(f"the loss is {train_loss} at step {step}; the last checkpoint stays: try a lower --lr than "
                          f"{args.lr:g}, a longer --warmup, or --dtype=float32")
@@ -521,6 +525,8 @@ def main(argv=None):
         save(state(), path)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if processes > 1:
+        dist.destroy_process_group()
 
     if master:
         if progress < 1:
@@ -545,8 +551,6 @@ def main(argv=None):
             for i, ids in enumerate(tell(model, encoding, "", 500, seeds, temperature=0.8), 1):
                 print(f"\nStory {i}:\n{encoding.decode(ids)}")
             print("\n" + "\n".join(f"{key + ':':20}{value}" for key, value in summary.items()))
-    if processes > 1:
-        dist.destroy_process_group()
     if signal.SIGINT in stop:
         raise KeyboardInterrupt
 

@@ -115,8 +115,10 @@ def test_muon_takes_torchs_steps_in_any_precision(dtype):
             optimizer.step()
     for a, b in zip(ours, theirs):  # five steps of up to 0.1 in each direction
         assert (a - b).norm() < 0.03 * b.norm()
-    exact = train.orthogonalised(torch.randn(16, 48), torch.float32)
+    three = torch.randn(3, 16, 48) * torch.tensor([0.01, 1, 100])[:, None, None]
+    exact = train.orthogonalised(three, torch.float32)
     assert torch.linalg.svdvals(exact).sub(0.95).abs().max() < 0.3
+    torch.testing.assert_close(exact, torch.cat([train.orthogonalised(x[None], torch.float32) for x in three]))
 
 
 def test_schedules_rise_and_fall():
