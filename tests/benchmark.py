@@ -64,7 +64,8 @@ def build(who, layers, width, length, vocabulary, peer):
 def contender(name, task, layers, width, rows, length, vocabulary, peer, device):
     """Print the seconds of one turn, of this process' CPU time and its MB of memory, for each line on stdin.
 
-    A turn is a whole step of training on `rows` rows, or the writing of 200 tokens in `rows` streams."""
+    A turn is a whole step of training on `rows` rows, or the writing of 200 tokens in `rows` streams. On a GPU it is
+    the mean of ten, whose next is launched while one is computed, as in a training."""
     who, _, how = name.partition(" ")
     dtype = getattr(torch, how.split()[0], torch.float32)
     print_, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints as it builds
@@ -75,7 +76,8 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
         keep_large_blocks()
     if task == "train":
         args = command_line().parse_args(["--optimizer=muon" if "muon" in how else "--optimizer=adamw", "--lr=0.001"])
-        optimizers = make_optimizers(model, args) if who == "this" else [torch.optim.AdamW(model.parameters())]
+        optimizers = (make_optimizers(model, args) if who == "this" else
+                      [torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")])  # as nanoGPT has it
         forward = torch.compile(model) if "compiled" in how else model
         idx = torch.randint(vocabulary, (rows, length), device=device)
 
@@ -100,19 +102,25 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
                 model.generate(idx, 200)
             else:
                 model.generate(idx, max_new_tokens=200, min_new_tokens=200, do_sample=True, pad_token_id=0)
+    times = 10 if device.type == "cuda" and task == "train" else 1
     for _ in range(3 if task == "train" else 1):  # compile and warm up
         turn()
     for _ in iter(lambda: print("ready", file=print_, flush=True) or sys.stdin.readline(), ""):
         start, cpu = time.perf_counter(), time.process_time()
-        turn()
+        for _ in range(times):
+            turn()
         if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start, time.process_time() - cpu
+            torch.cuda.synchronize(device)
+        seconds = (time.perf_counter() - start) / times, time.process_time() - cpu
         print(json.dumps([*seconds, peak_memory(device)]), file=print_, flush=True)
 
 
 def race(names, task, layers, width, rows, args, length=256, vocabulary=VOCABULARY):
-    """{name: (seconds of each turn, MB)} of the contenders, which take turns; and the cores that others used."""
+    """{name: (seconds of each turn, MB)} of the contenders, which take turns; and the cores that others used. On a GPU,
+    whose memory may hold but one of them, they follow each other."""
+    if args.device.startswith("cuda") and len(names) > 1:
+        races = [race([name], task, layers, width, rows, args, length, vocabulary) for name in names]
+        return {name: turns for found, _ in races for name, turns in found.items()}, max(used for _, used in races)
     children, found = {}, {}
     for name in dict.fromkeys(name.replace("FAST", args.fast) for name in names):
         settings = [name, task, layers, width, rows, length, vocabulary, args.peer, args.device]
@@ -159,7 +167,7 @@ def seconds_of(function, device, times=7):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
     return found[2:]
 
@@ -169,7 +177,7 @@ def ceiling(args):
     device = torch.device(args.device)
     size = 8192 if device.type == "cuda" else 2048
     for dtype in dict.fromkeys(("float32", args.fast)):
-        a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+        a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
         found = [2 * size**3 / s / 1e9 for s in seconds_of(lambda: a @ a, device)]
         args.ceiling = statistics.median(found)  # the fast one's is kept
         yield f"GFLOP/s of products, {dtype}", found, ""
@@ -212,6 +220,7 @@ def evaluation(args):
     model = GPT(GPTConfig(4096, 256, 8, 8, 512)).to(device)
     tokens = np.random.default_rng(0).integers(1, 4096, 1765 * 204 + 1).astype(np.uint16)
     tokens[::204] = 0
+    score(model, tokens[:205], 0)  # to warm up
     start = time.perf_counter()
     score(model, tokens, 0)
     yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], f"{peak_memory(device):,} MB"
@@ -267,13 +276,14 @@ def quality(args):
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95))
+                                  betas=(0.9, 0.95), fused=args.device.startswith("cuda"))
     draw, step, progress = np.random.default_rng(1), 0, 0.0
     while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.peer_lr * min(1.0, progress / 0.02, 0.55 + 0.45 * math.cos(math.pi * progress))
         rows = [tokens[i:i + 257] for i in draw.integers(0, len(tokens) - 256, 16)]
-        rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(args.device)
+        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
+        rows = rows.pin_memory().to(args.device, non_blocking=True) if args.device.startswith("cuda") else rows
         with torch.autocast(args.device, getattr(torch, args.fast), enabled=args.fast != "float32"):
             nats = loss(forward, rows[:, :-1], rows[:, 1:])
         nats.backward()
@@ -293,13 +303,13 @@ def quality(args):
 def growth(args):
     """What a step costs against the model's size, the context and the vocabulary: tokens a second, memory; and one
     process against two."""
-    best = ["this FAST"]
+    best, tokens = ["this FAST"], 16384 if args.device.startswith("cuda") else 4096
     cases = [(f"8x{width}", width, 256, VOCABULARY) for width in (64, 128, 256, 512)]
     cases += [(f"8x128, context {length}", 128, length, VOCABULARY) for length in (128, 256, 512, 1024)]
     cases += [(f"8x128, vocabulary {size}", 128, 256, size) for size in (1024, 4096, 16384)]
     for what, width, length, vocabulary in cases:
-        (seconds, memory), = race(best, "train", 8, width, 4096 // length, args, length, vocabulary)[0].values()
-        yield f"tokens/s of training {what}", [4096 / s for s in seconds], f"{memory:,.0f} MB"
+        (seconds, memory), = race(best, "train", 8, width, tokens // length, args, length, vocabulary)[0].values()
+        yield f"tokens/s of training {what}", [tokens / s for s in seconds], f"{memory:,.0f} MB"
     for processes in (1, 2)[:torch.cuda.device_count() or 2]:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
         summary = trained(args, "--max_steps=150", f"--batch_size={16 // processes}", launcher=launcher)
