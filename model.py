@@ -106,7 +106,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.fc(x))
-        return self.proj(x * x)  # as a product: .square() in autocast on a GPU would be computed, and kept, in float32
+        return self.proj(x * x)  # autocast on a GPU would compute .square(), and keep it, in float32
 
 
 class Block(nn.Module):

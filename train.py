@@ -151,7 +151,7 @@ def make_world():
 
 
 def orthogonalised(x, dtype):
-    """About U V^T of each x = U S V^T (B, M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
+    """About U V^T of each matrix U S V^T in x (B, M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
 
     Newton-Schulz iteration of fifth degree; its coefficients, and the whole optimizer, are Jordan et al.'s (2024,
     kellerjordan.github.io/posts/muon)."""
@@ -176,7 +176,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            together = {}  # a GPU takes all matrices of one shape at once, whose products alone are too small for it
+            together = {}  # on a GPU all matrices of one shape at once: one alone is too little work for it
             for p in group["params"]:
                 if p.grad is not None:
                     together.setdefault(p.shape if p.is_cuda else id(p), []).append(p)

@@ -6,8 +6,8 @@
     python tests/benchmark.py --only=growth                    cost against size, context, vocabulary and processes
 
 The machine's own ceiling first, then each figure beside it. Contenders are processes of their own that take turns
-within one run, and medians are shown with their spread, because a laptop's speed drifts within minutes. Nothing here
-is a test.
+within one run (on a GPU, whose memory may hold but one, they follow each other), and medians are shown with their
+spread, because a laptop's speed drifts within minutes. Nothing here is a test.
 """
 import json
 import math
@@ -64,8 +64,8 @@ def build(who, layers, width, length, vocabulary, peer):
 def contender(name, task, layers, width, rows, length, vocabulary, peer, device):
     """Print the seconds of one turn, of this process' CPU time and its MB of memory, for each line on stdin.
 
-    A turn is a whole step of training on `rows` rows, or the writing of 200 tokens in `rows` streams. On a GPU it is
-    the mean of ten, whose next is launched while one is computed, as in a training."""
+    A turn is a whole step of training on `rows` rows, or the writing of 200 tokens in `rows` streams. On a GPU a
+    step is the mean of ten, the next launched while one is computed, as in training."""
     who, _, how = name.partition(" ")
     dtype = getattr(torch, how.split()[0], torch.float32)
     print_, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints as it builds
@@ -105,6 +105,8 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
     times = 10 if device.type == "cuda" and task == "train" else 1
     for _ in range(3 if task == "train" else 1):  # compile and warm up
         turn()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     for _ in iter(lambda: print("ready", file=print_, flush=True) or sys.stdin.readline(), ""):
         start, cpu = time.perf_counter(), time.process_time()
         for _ in range(times):
@@ -116,11 +118,11 @@ def contender(name, task, layers, width, rows, length, vocabulary, peer, device)
 
 
 def race(names, task, layers, width, rows, args, length=256, vocabulary=VOCABULARY):
-    """{name: (seconds of each turn, MB)} of the contenders, which take turns; and the cores that others used. On a GPU,
-    whose memory may hold but one of them, they follow each other."""
+    """{name: (seconds of each turn, MB)} of the contenders, which take turns; and the cores that others used."""
     if args.device.startswith("cuda") and len(names) > 1:
         races = [race([name], task, layers, width, rows, args, length, vocabulary) for name in names]
-        return {name: turns for found, _ in races for name, turns in found.items()}, max(used for _, used in races)
+        others = max((used for found, used in races if found), default=0)
+        return {name: turns for found, _ in races for name, turns in found.items()}, others
     children, found = {}, {}
     for name in dict.fromkeys(name.replace("FAST", args.fast) for name in names):
         settings = [name, task, layers, width, rows, length, vocabulary, args.peer, args.device]
@@ -223,7 +225,7 @@ def evaluation(args):
     score(model, tokens[:205], 0)  # to warm up
     start = time.perf_counter()
     score(model, tokens, 0)
-    yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], f"{peak_memory(device):,} MB"
+    yield "seconds of val_bpb, 28M model, 1.4 MB", [time.perf_counter() - start], ""
     if args.fast != "float32":
         start = time.perf_counter()
         with torch.autocast(device.type, getattr(torch, args.fast)):
@@ -269,6 +271,7 @@ def quality(args):
                [float(summary["val_bpb"])], note)
     if not args.peer:
         return
+    cuda = args.device.startswith("cuda")
     torch.manual_seed(1)
     model, loss = build("nanoGPT", layers, width, 256, load_meta(args.dataset)["vocab_size"], args.peer)
     model = model.to(args.device)
@@ -276,14 +279,14 @@ def quality(args):
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), fused=args.device.startswith("cuda"))
+                                  betas=(0.9, 0.95), fused=cuda)
     draw, step, progress = np.random.default_rng(1), 0, 0.0
     while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.peer_lr * min(1.0, progress / 0.02, 0.55 + 0.45 * math.cos(math.pi * progress))
         rows = [tokens[i:i + 257] for i in draw.integers(0, len(tokens) - 256, 16)]
         rows = torch.from_numpy(np.stack(rows).astype(np.int64))
-        rows = rows.pin_memory().to(args.device, non_blocking=True) if args.device.startswith("cuda") else rows
+        rows = (rows.pin_memory() if cuda else rows).to(args.device, non_blocking=cuda)
         with torch.autocast(args.device, getattr(torch, args.fast), enabled=args.fast != "float32"):
             nats = loss(forward, rows[:, :-1], rows[:, 1:])
         nats.backward()

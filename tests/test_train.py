@@ -100,10 +100,12 @@ def test_every_weight_has_one_optimizer_and_tables_do_not_decay(optimizer):
         assert decay[id(p)] == (0.1 if "blocks" in name and p.ndim == 2 else 0)
 
 
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())  # the latter stacks equal shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_takes_torchs_steps_in_any_precision(dtype):
+def test_muon_takes_torchs_steps_in_any_precision(dtype, device):
     torch.manual_seed(1)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 24), (48, 16), (16, 48))]
+    ours = [torch.nn.Parameter(torch.randn(shape, device=device))
+            for shape in ((24, 24), (48, 16), (24, 24), (16, 48))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     settings = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
     optimizers = train.Muon(ours, dtype, **settings), torch.optim.Muon(theirs, **settings)
