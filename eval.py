@@ -197,9 +197,8 @@ def skill_accuracy(model, dataset, per_skill=200):
 def count_phrases(phrases, dataset, most=5_000_000):
     """How often each phrase stands in a dataset's train text, or in `most` tokens of it, evenly spread."""
     tokens, encoding, counts = load_tokens(dataset, "train"), load_tokenizer(dataset), Counter()
-    phrases, pieces = {phrase.strip().lower() for phrase in phrases}, math.ceil(min(most, len(tokens)) / 50_000)
-    for begin in tqdm(np.linspace(0, max(0, len(tokens) - 50_000), pieces).astype(int), desc="counting words",
-                      leave=False, disable=None):
+    phrases, step = {phrase.strip().lower() for phrase in phrases}, 50_000 * max(1, len(tokens) / most)
+    for begin in tqdm(np.arange(0, len(tokens), step).astype(int), desc="counting words", leave=False, disable=None):
         text = encoding.decode(tokens[begin:begin + 50_000].tolist()).lower()
         words = Counter(re.findall(r"[^\W_]+", text))
         counts.update({phrase: words[phrase] if phrase.isalnum() else text.count(phrase) for phrase in phrases})
@@ -492,7 +491,8 @@ def load(name, device, args):
             kept = sorted(glob.glob(os.path.join(glob.escape(name), "ckpt-*.pt")))
         prefix += f"context{args.context}." if args.context else ""
     datasets = [args.dataset] if args.dataset else checkpoint["datasets"]
-    instructed = any(load_meta(d)["instruct"] for d in checkpoint.get("datasets", ()) if os.path.exists(f"data/{d}"))
+    instructed = any(load_meta(d)["instruct"] for d in checkpoint.get("datasets", ())
+                     if os.path.exists(f"data/{d}/meta.json"))
     about = {"parameters": model.num_params(False), "with embedding and head": model.num_params(),
              "context": model.config.block_size, "step": checkpoint.get("step")}
     return SimpleNamespace(model=model, encoding=encoding, tokenizer=checkpoint["tokenizer"], datasets=datasets,
@@ -570,7 +570,7 @@ def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a; the newest if none is named")
     parser.option("only", "", "sections, of " + ",".join(SECTIONS) + ", or none: show again what eval.json holds "
-                  "(default: those that need no judge)")
+                  "(default: all; judge where --judge names one)")
     parser.option("dataset", "", "grade on this dataset's stories instead of the run's own")
     parser.add_argument("--stories", nargs="+", default=[], metavar="FILE", help="describe files of stories instead")
     parser.option("probes", os.path.join(HERE, "data", "probes.json"), "right and wrong continuations")
@@ -599,6 +599,8 @@ def main(argv=None):
         sys.exit(f"--only={args.only} names other sections than {','.join(SECTIONS)}")
     if "judge" in wanted and not args.judge:
         sys.exit("who shall judge? --judge=gpt-4o-mini for one")
+    if args.judge and "judge" not in wanted:
+        sys.exit("--only leaves the judge out: add judge to it, or drop --judge")
     if args.max_cost < math.inf and not args.price_in + args.price_out:
         sys.exit("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
     if min(args.each, args.max_tokens, args.concurrency, args.spans) < 1 or args.context < 0 or args.context == 1:
@@ -606,7 +608,7 @@ def main(argv=None):
     probes = read_list("probes", args.probes, lambda item: {"skill", "kind", "prompt", "right", "wrong"} <= set(item))
     prompts = read_list("prompts", args.prompts, lambda item: isinstance(item, str))
     device, _ = pick_device(args.device, args.dtype)
-    results, folders, settings = {}, {}, {}
+    results, folders, settings, args.spent = {}, {}, {}, 0.0  # dollars, by the judge
     for name in args.runs or [find_run()]:
         subject = load(name, device, args)
         path, result = subject.path("eval.json"), {}

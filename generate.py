@@ -86,10 +86,11 @@ def forms(word, endings):
 
 
 def missing(words, story):
-    """Those of [verb, noun, adjective] that the story uses in no inflection; all of a compound must stand in it."""
+    """Those of [verb, noun, adjective, any, …] that the story lacks in any inflection; of a compound all must be there."""
     found = set(re.findall(r"[^\W\d_]+", story.lower()))
-    kinds = zip(words, (("es", "ed", "ing"), ("es",), ("er", "est", "ly", "y")))
-    return [word for word, endings in kinds
+    kinds = [("es", "ed", "ing"), ("es",), ("er", "est", "ly", "y")]
+    kinds += [sum(kinds, ())] * (len(words) - 3)
+    return [word for word, endings in zip(words, kinds)
             if any(found.isdisjoint(forms(part, endings)) for part in re.findall(r"[^\W\d_]+", word.lower()))]
 
 
@@ -184,6 +185,23 @@ async def no_retry_without_quota(response):
         response.headers["x-should-retry"] = "false"
 
 
+def connect(base_url, timeout=120.0, max_retries=8):
+    """A client of the server ("": the one that OPENAI_BASE_URL names), and its name for the limit of an answer."""
+    if not re.match("https?://", base_url or os.environ.get("OPENAI_BASE_URL") or "https://"):
+        sys.exit("--base_url and OPENAI_BASE_URL must begin with http:// or https://")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key:
+        sys.exit("OPENAI_API_KEY is not set: export OPENAI_API_KEY=… (most local servers take any word); without a key "
+                 "python world.py writes stories, and python eval.py without --judge grades")
+    if not re.fullmatch(r"[!-~]+", key):        # httpx would print the whole of it in its complaint
+        sys.exit("OPENAI_API_KEY has characters that no key has: was it copied whole?")
+    client = openai.AsyncOpenAI(
+        api_key=key, base_url=base_url or None, timeout=timeout, max_retries=max_retries,
+        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
+    # OpenAI's newer models refuse the limit's old name; many other servers do not know its new one
+    return client, "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
+
+
 async def ask(client, request, prompt):
     """One call: text, why it stopped, refusal, {"model", "tokens_in", "tokens_out"}. Tokens not told are estimated.
 
@@ -206,17 +224,12 @@ async def ask(client, request, prompt):
     return text, finish, message.refusal, used
 
 
-async def write(args, key, lists, ledger, stories, rejected):
+async def write(args, client, limit, lists, ledger, stories, rejected):
     """Ask for every missing story, args.concurrency at a time; append each answer to its file as it comes.
 
     Returns why stories are still missing, or "".
     """
-    client = openai.AsyncOpenAI(
-        api_key=key, base_url=args.base_url or None, timeout=args.timeout, max_retries=args.max_retries,
-        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
     host = client.base_url.netloc.decode()
-    # OpenAI's newer models refuse the limit's old name; many other servers do not know its new one
-    limit = "max_completion_tokens" if host == "api.openai.com" else "max_tokens"
     request = {"model": args.model, "temperature": args.temperature, limit: args.max_tokens}
     finished = args.n - sum(map(ledger.wants, range(args.n)))
     bar = tqdm(total=args.n, initial=finished, unit=" stories", smoothing=0.05, disable=None)
@@ -239,7 +252,8 @@ async def write(args, key, lists, ledger, stories, rejected):
                     failures = 0
                 except openai.APIError as error:        # the client has tried again, in vain
                     failures += 1
-                    trouble = " ".join(f"a request failed at {host}: {error}".replace(key, "(key)").split())[:300]
+                    trouble = f"a request failed at {host}: {error}".replace(client.api_key, "(key)")
+                    trouble = " ".join(trouble.split())[:300]
                     status = getattr(error, "status_code", 500)
                     if (error.code == "insufficient_quota" or status < 500 and status not in (408, 409, 429)
                             or failures > args.concurrency):
@@ -319,14 +333,7 @@ def main(argv=None):
                      "for the cost give --price_in and --price_out")
     if not args.model:
         parser.error("which model? --model=gpt-4o-mini for one")
-    if not re.match("https?://", args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://"):
-        parser.error("--base_url and OPENAI_BASE_URL must begin with http:// or https://")
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key:
-        sys.exit("OPENAI_API_KEY is not set: export OPENAI_API_KEY=… (most local servers take any word), "
-                 "or make stories without a key: python world.py")
-    if not re.fullmatch(r"[!-~]+", key):        # httpx would print the whole of it in its complaint
-        sys.exit("OPENAI_API_KEY has characters that no key has: was it copied whole?")
+    client, limit = connect(args.base_url, args.timeout, args.max_retries)
 
     folder = os.path.join("data", args.name)
     stories_path, rejected_path, settings_path, lock_path = [os.path.join(folder, name) for name in (
@@ -351,7 +358,7 @@ def main(argv=None):
         try:
             with (open(stories_path, "a", encoding="utf-8") as stories,
                   open(rejected_path, "a", encoding="utf-8") as rejected):
-                why = asyncio.run(write(args, key, lists, ledger, stories, rejected))
+                why = asyncio.run(write(args, client, limit, lists, ledger, stories, rejected))
         except KeyboardInterrupt:
             why = "stopped by Ctrl-C, without the answers under way"
         except OSError as error:

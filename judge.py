@@ -8,10 +8,10 @@ import os
 import re
 import sys
 
-import openai
+from openai import APIError
 from tqdm import tqdm
 
-from generate import ask, no_retry_without_quota, records
+from generate import ask, connect, records
 from report import interval
 
 MARKS, AGES = ("grammar", "creativity", "consistency", "plot"), dict(zip("ABCDEF", (3, 4.5, 6.5, 8.5, 11, 14.5)))
@@ -48,30 +48,28 @@ def cost(args, tokens_in, tokens_out):
     return (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
 
 
-async def ask_judge(questions, args, file):
-    """Append the reply to each question {key: text} to the file as it comes; returns why some are missing, or ""."""
-    client = openai.AsyncOpenAI(
-        base_url=args.base_url or None, timeout=120, max_retries=8,
-        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
-    limit = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
-    waiting, spent, why = [(key, text, 2) for key, text in questions.items()], 0.0, ""
+async def ask_judge(client, limit, questions, args, file):
+    """Append the reply to each question {key: text} to the file as it comes; returns why some are missing, or "".
+
+    args.spent are the dollars that the command has spent, on other runs too; what is under way counts at its most."""
+    waiting, why = [(key, text, 2) for key, text in questions.items()], ""
     bar = tqdm(total=len(waiting), desc=args.judge, disable=None)
 
     async def work():
-        nonlocal spent, why
+        nonlocal why
         while waiting and not why:
             key, text, tries = waiting.pop()
             most = cost(args, len(text.encode()) + 50, 1000)  # a token is at least one byte
-            if spent + most > args.max_cost:  # what is under way is in `spent`, at its most
+            if args.spent + most > args.max_cost:
                 why = f"the next reply might pass --max_cost={args.max_cost:g}"
                 return
-            spent += most
+            args.spent += most
             try:
                 reply, finish, _, used = await ask(client, {"model": args.judge, limit: 1000}, text)
-            except openai.APIError as e:  # the client has tried again, in vain
+            except APIError as e:  # the client has tried again, in vain
                 why = f"{client.base_url.host}: {e}".replace(client.api_key, "(key)")[:300]
                 return
-            spent += cost(args, used["tokens_in"], used["tokens_out"]) - most
+            args.spent += cost(args, used["tokens_in"], used["tokens_out"]) - most
             marks = read_marks(reply)
             file.write(json.dumps({"key": key, "judge": args.judge, "reply": reply, "marks": marks, "finish": finish,
                                    **used}, ensure_ascii=False) + "\n")
@@ -107,11 +105,14 @@ def judge(told, controls, path, args):
         tokens = sum(map(len, questions.values())) // 4, 300 * len(questions)
         print(f"{len(questions):,} questions to {args.judge}, {len(pairs) - len(questions):,} replies known: about "
               "{:,} tokens in, {:,} out".format(*tokens) + f", ${cost(args, *tokens):.2f}" * (args.price_out > 0))
-        if not os.environ.get("OPENAI_API_KEY", "").strip():
-            sys.exit("OPENAI_API_KEY is not set: export OPENAI_API_KEY=… (most local servers take any word)")
-        with open(path, "a", encoding="utf-8") as file:
-            if why := asyncio.run(ask_judge(questions, args, file)):
-                sys.exit(f"{why}\nthe replies so far are in {path}: the same command goes on")
+        client, limit = connect(args.base_url)
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                why = asyncio.run(ask_judge(client, limit, questions, args, file))
+        except KeyboardInterrupt:
+            why = "stopped by Ctrl-C, without the replies under way"
+        if why:
+            sys.exit(f"{why}\nthe replies so far are in {path}: the same command goes on")
         replies = read(files)
     figures, unfit = {"judge": args.judge}, []
     marks = {name: [[m for pair in some if (m := replies[key_of(pair)])] for some in group]

@@ -1,9 +1,13 @@
 """eval.py: the metric scores every token once, from its own story alone, whatever the batch; what is counted in
 probes, completions and marks is what a plain count gives; other people's models are measured like ours."""
+import glob
 import json
 import math
 import os
 import re
+import shutil
+import signal
+import threading
 import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
@@ -17,6 +21,7 @@ import judge
 import report
 import test_probes
 from conftest import make_stories, write_jsonl
+from model import load_checkpoint
 from prepare import load_meta, load_tokenizer, load_tokens
 from prepare import main as prepare
 from sample import tell
@@ -253,7 +258,7 @@ def test_a_small_context_prefers_no_side(in_prepared):
                for a, b in (sides, sides[::-1])) == 1
 
 
-def test_shortcuts_are_counted_right(in_prepared):
+def test_shortcuts_are_counted_right(in_prepared, monkeypatch):
     encoding = load_tokenizer("tiny")
     for name, score in (("nearest mentioned", lambda p: lambda c: max(eval.places(p, c), default=-1)),
                         ("most often mentioned", lambda p: lambda c: len(eval.places(p, c)))):
@@ -262,6 +267,10 @@ def test_shortcuts_are_counted_right(in_prepared):
     text = encoding.decode(load_tokens("tiny", "train").tolist()).lower()
     counts = eval.count_phrases([" ball", " a red", " Tim", " trumpet"], "tiny")
     assert counts == {word: len(re.findall(rf"\b{word}\b", text)) for word in ("ball", "a red", "tim", "trumpet")}
+    long = np.tile(load_tokens("tiny", "train"), 8)
+    monkeypatch.setattr(eval, "load_tokens", lambda *_: long)
+    assert len(long) > 100_000 and eval.count_phrases([" ball"], "tiny") == {"ball": 8 * counts["ball"]}
+    assert eval.count_phrases([" ball"], "tiny", most=len(long) // 2)["ball"] < 6 * counts["ball"]
     probe = {"skill": "fact", "kind": "x", "prompt": "Tim saw a", "right": [" ball"], "wrong": [" trumpet", " drum"]}
     found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], counts)
     assert found["fact, the most frequent in train"][0] == 1 and found["fact, by chance"][0] == pytest.approx(1 / 3)
@@ -405,17 +414,17 @@ def judged(run, in_prepared, fine, monkeypatch):
     """Has a judge, who is given as a function of prompts, grade two completions each of two prompts."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     (in_prepared / "prompts.json").write_text(json.dumps(PROMPTS[:2]))
-    for name in ("judge.jsonl", "eval.json"):
-        if os.path.exists(f"{run}/{name}"):
-            os.remove(f"{run}/{name}")
+    for path in (f"{run}/eval.json", *glob.glob("out/*/judge.jsonl")):
+        if os.path.exists(path):
+            os.remove(path)
     encoding = load_tokenizer("fine")
     stories = "\n\n".join(encoding.decode(part.tolist())
                          for part in eval.split_stories(load_tokens("fine", "val"), encoding.eot_token))
 
-    def grade(behave, *options):
+    def grade(behave, *options, runs=()):
         with Server(behave) as server:
             try:
-                eval.main([run, "--only=judge", "--dataset=fine", "--judge=critic", f"--base_url={server.url}",
+                eval.main([run, *runs, "--only=judge", "--dataset=fine", "--judge=critic", f"--base_url={server.url}",
                            "--device=cpu", "--each=2", "--max_tokens=20", "--prompts=prompts.json", *options])
             finally:
                 grade.asked = [request["messages"][0]["content"] for request in server.requests]
@@ -466,11 +475,40 @@ def test_what_was_paid_is_kept_when_a_limit_is_reached(judged, run):
         assert "sk-secret" not in f.read()
 
 
+def test_a_limit_of_cost_is_one_for_all_runs_of_a_command(judged, run):
+    checkpoint = load_checkpoint(run)
+    checkpoint["model"]["head.weight"] /= 10  # another model, which tells other stories
+    shutil.copytree(run, "out/flat", dirs_exist_ok=True)
+    torch.save(checkpoint, "out/flat/ckpt.pt")
+    prices = ["--price_in=1", "--price_out=2", "--concurrency=1"]
+    judged(judged.fair, *prices)
+    cost = len(judged.asked) * (100 + 2 * 200) / 1e6
+    os.remove(f"{run}/judge.jsonl")
+    with pytest.raises(SystemExit, match="might pass --max_cost"):
+        judged(judged.fair, *prices, f"--max_cost={cost + 0.0035}", runs=["out/flat"])
+    assert os.path.exists("out/flat/judge.jsonl")  # the first could be paid
+
+
+def test_ctrl_c_keeps_the_replies(judged, run):
+    def behave(prompt, times):
+        if os.path.getsize(f"{run}/judge.jsonl"):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return judged.fair(prompt, times)
+    with pytest.raises(SystemExit, match="(?s)stopped by Ctrl-C.*the same command goes on"):
+        judged(behave, "--concurrency=1")
+    first = set(judged.asked)
+    judged(judged.fair)
+    assert len(first & set(judged.asked)) == 1  # the one that was under way
+
+
 def test_a_judge_that_refuses_ends_the_run_in_one_line(judged, monkeypatch):
     refusal = json.dumps({"error": {"message": "bad key sk-secret", "code": "invalid_api_key"}})
     with pytest.raises(SystemExit, match=r"(?s)bad key \(key\).*the same command goes on") as end:
         judged(lambda prompt, times: (401, {}, refusal))
     assert "sk-secret" not in str(end.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "…")
+    with pytest.raises(SystemExit, match="characters that no key has"):
+        judged(judged.fair)
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(SystemExit, match="OPENAI_API_KEY is not set"):
         judged(judged.fair)
@@ -561,6 +599,7 @@ def test_runs_of_several_seeds_are_shown_as_one():
                                  "steps": {"probes": {"fact": [(1, 0, loss, 9), (2, 0, 5.0, 9)]}}}
     results = {"a-1": part(1.0, [0.5, 0.4, 0.6]), "b-1": part(7.0, [1, 1, 1]), "a-2": part(2.0, 0.25),
                "a-3": part(3.0, None)}
+    results["a-1"]["steps"]["spans"] = {"fact": [(1, 0, 1, 9)]}  # which the others do not have
     found = report.over_seeds(results, {"a-1": "x", "a-2": "x", "b-1": "y", "a-3": "x"})
     assert list(found) == ["a-1", "b-1"] and found["b-1"]["loss"]["val_bpb"] == [7, 7, 7]
     assert found["a-1"] == {"model": {"parameters": 5, "runs": 3}, "loss": {"val_bpb": [2, 1, 3], "stories": 7},
@@ -570,7 +609,6 @@ def test_runs_of_several_seeds_are_shown_as_one():
 
 
 def test_a_run_cut_short_is_no_seed_of_the_others(run, in_prepared):
-    import shutil
     shutil.copytree(run, "out/cut", dirs_exist_ok=True)
     checkpoint = torch.load("out/cut/ckpt.pt", weights_only=True)
     settings = []
@@ -580,6 +618,12 @@ def test_a_run_cut_short_is_no_seed_of_the_others(run, in_prepared):
         settings.append(eval.load("out/cut", torch.device("cpu"), SimpleNamespace(context=0, dataset="")).settings)
     whole = eval.load(run, torch.device("cpu"), SimpleNamespace(context=0, dataset="")).settings
     assert settings[0] == whole != settings[1]
+
+
+def test_a_dataset_that_was_not_prepared_is_not_needed_to_grade_on_another(run, in_prepared, workplace):
+    shutil.copytree(in_prepared / run, "out/moved")
+    os.makedirs("data/tiny")
+    assert eval.load("out/moved", torch.device("cpu"), SimpleNamespace(context=0, dataset="fine")).before == ""
 
 
 def test_what_was_measured_is_shown_again(run, in_prepared, capsys):
@@ -592,7 +636,6 @@ def test_what_was_measured_is_shown_again(run, in_prepared, capsys):
 
 def test_two_runs_and_their_page(run, in_prepared, capsys):
     """Sections that are not made again stay; those of an older checkpoint do not."""
-    import shutil
     import train
     if not os.path.exists("out/<b>"):
         train.main(["--dataset=tiny", "--n_layer=1", "--n_embd=32", "--block_size=64", "--max_steps=9", "--evals=3",
@@ -636,6 +679,7 @@ def test_charts_are_well_formed_and_show_every_point():
 @pytest.mark.parametrize("options, expected", [
     (["--only=loss,taste"], "names other sections than loss,probes"),
     (["--only=judge"], "who shall judge"),
+    (["--only=loss", "--judge=x"], "--only leaves the judge out"),
     (["--judge=x", "--max_cost=1"], "--max_cost needs the prices"),
     (["--probes=none.json"], "cannot read --probes=none.json"),
     (["--probes=bad.json"], "--probes=bad.json has not the form of data/probes.json"),

@@ -190,6 +190,7 @@ def test_a_dry_run_needs_no_key_asks_nothing_and_writes_nothing(monkeypatch, cap
     (["eat", "dog", "red"], "The dog’s bread was EATEN.", ["red"]),    # not the "red" of "bread"... nor of "EATEN"
     (["eat", "cat", "old"], "The catty man had a seat and told.", ["eat", "cat", "old"]),
     (["carry", "car", "wet"], "I care for a card.", ["carry", "car", "wet"]),
+    (["eat", "dog", "red", "stop", "tree"], "The red dog ate, then stopped.", ["tree"]),    # more than we ask for
 ])
 def test_inflections_count_as_the_word_and_lookalikes_do_not(words, story, absent):
     assert generate.missing(words, story) == absent
