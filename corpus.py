@@ -64,7 +64,7 @@ def describe(path):
     if n["asked"]:
         figures["requested words used"] = f"{100 - 100 * n['missing'] / n['asked']:.1f} %"
     figures.update({f"feature {name}": share(m) for name, m in sorted(features.items())})
-    figures.update({f"{skill} words per 100 words": f"{100 * m / n['words']:.2f}" for skill, m in skills.items()})
+    figures.update({f"{skill} spans per 100 words": f"{100 * m / n['words']:.2f}" for skill, m in skills.items()})
     return figures
 
 

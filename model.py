@@ -255,7 +255,7 @@ def load_checkpoint(path):
         sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path)} first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as e:
         sys.exit(f"{path} cannot be read ({e.__class__.__name__}), it may be cut off or be no checkpoint: train again")
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         sys.exit(f"{path} is no checkpoint of train.py: python train.py writes one")

@@ -290,8 +290,8 @@ def choose(files, args):
         if not kept[split]:
             sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}"
                      f"{''.join(f'; {n:,} {what}' for what, n in counts.items())}: "
-                     f"{'raise' if split == 'val' else 'lower'} --val_fraction, give more stories"
-                     + ", or keep these with --clean=False" * bool(counts))
+                     f"give more stories, or {'raise' if split == 'val' else 'lower'} --val_fraction, where neither "
+                     "files nor records name a split" + ", or keep these with --clean=False" * bool(counts))
     return plan, counts
 
 
@@ -530,7 +530,7 @@ def prepare(args):
     plan, counts = choose(files, args)
     ranks, coverage = make_ranks(plan, args)
     if len(ranks) + 1 > 65_535:
-        sys.exit(f"a vocabulary of {len(ranks) + 1} does not fit into uint16: choose --vocab_size=65535 or less")
+        sys.exit(f"a vocabulary of {len(ranks) + 1} does not fit into uint16: share another --tokenizer")
 
     new = f"{folder}/{UNFINISHED}"
     os.makedirs(new, exist_ok=True)
@@ -638,6 +638,8 @@ def main(argv=None):
     parser.option("hold_out", "", "instructions never together in train, e.g. words+summary")
     parser.option("seed", 1, "of the instructions drawn")
     args = parser.parse_args(argv)
+    if args.vocab_size and args.tokenizer not in ("bpe", "gpt2"):
+        sys.exit(f"--tokenizer={args.tokenizer} has a size of its own: leave --vocab_size out")
     if args.vocab_size is None:
         args.vocab_size = 10_000 if args.tokenizer == "gpt2" else 4096
     if args.max_stories is not None and args.max_stories < 1:
@@ -647,6 +649,8 @@ def main(argv=None):
     args.hold_out = [field for field in args.hold_out.split("+") if field]
     if not set(args.hold_out) <= set(INSTRUCTIONS):
         sys.exit(f"--hold_out={'+'.join(args.hold_out)} names other fields than {'+'.join(INSTRUCTIONS)}")
+    if args.hold_out and not args.instruct:
+        sys.exit("--hold_out is of instructions: add --instruct")
     try:
         prepare(args)
     except KeyboardInterrupt:

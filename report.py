@@ -50,7 +50,7 @@ def over_seeds(results, settings):
         """{probes: {skill: [(step, lowest, mean, highest)]}} of steps, which runs of one length share."""
         return {title: {skill: [(points[0][0], min(p[2] for p in points), sum(p[2] for p in points) / len(points),
                                  max(p[2] for p in points)) for points in zip(*(run[title][skill] for run in runs))]
-                        for skill in skills} for title, skills in runs[0].items()}
+                        for skill in skills} for title, skills in runs[0].items() if all(title in run for run in runs)}
 
     merged = {}
     for same in dict.fromkeys(settings.values()):

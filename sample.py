@@ -209,6 +209,8 @@ def main(argv=None):
     model, _, encoding = load_run(args.out_dir or find_run(), device)
     model = NumpyGPT(model) if device.type == "cpu" and dtype == torch.float32 else model.to(dtype)
     prompt = args.prompt
+    if args.prompt and args.prompt_file:
+        sys.exit("give --prompt or --prompt_file, not both")
     if args.prompt_file:
         try:
             with open(args.prompt_file, encoding="utf-8") as f:
@@ -218,8 +220,8 @@ def main(argv=None):
     fields = {name: getattr(args, name) for name in ("features", "words", "summary") if getattr(args, name)}
     if fields:
         prompt = instruction(fields) + prompt
-    if args.interactive and prompt:
-        sys.exit("--interactive asks for each beginning: leave the prompt and the instructions out")
+    if args.interactive and (prompt or args.num_samples > 1):
+        sys.exit("--interactive asks for the beginning of each story: leave out prompt, instructions and --num_samples")
     if args.interactive:
         return interact(model, encoding, settings)
     seeds = range(args.seed, args.seed + args.num_samples)

@@ -73,7 +73,7 @@ def command_line():
     parser.option("max_flops", 0.0, "… in floating-point operations, by the estimate of model.py")
     parser.option("max_minutes", 0.0, "… in minutes, counted from the end of the first step, which compiles")
     parser.option("evals", 10, "evaluations with a sample and a checkpoint, evenly over the run, the last at its end")
-    parser.option("eval_stories", 500, "stories that those score; the one at the end scores the whole file")
+    parser.option("eval_stories", 500, "stories that those score (0: all); the one at the end scores the whole file")
     parser.option("log_interval", 10, "steps between two lines of the log")
     parser.option("keep", "", "log: also keep the weights of steps 1, 2, 4, 8, …", choices=("", "log"))
     parser.option("init_from", "", "start from another run's weights")
@@ -264,13 +264,13 @@ def main(argv=None):
         heads = range(1, args.n_embd // 64 + 1)  # of an even number of channels each, as rope wants them
         args.n_head = max((n for n in heads if args.n_embd % (2 * n) == 0), default=1)
     least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_flops=0,
-                 max_minutes=0, evals=0, embed_std=0.001, batch_tokens=1, lr=0, weight_decay=0, clip=0, warmup=0,
-                 cooldown=0)
+                 max_minutes=0, evals=0, eval_stories=0, embed_std=0.001, batch_tokens=1, lr=0, weight_decay=0, clip=0,
+                 warmup=0, cooldown=0)
     for name, value in least.items():
         if not getattr(args, name) >= value:  # nor is nan
             sys.exit(f"--{name}={getattr(args, name)} must be at least {value}")
-    if max(args.warmup, args.cooldown) > 1:
-        sys.exit("--warmup and --cooldown are shares of the run, from 0 to 1")
+    if args.warmup + args.cooldown * (args.schedule == "wsd") > 1:
+        sys.exit("--warmup and --cooldown are shares of the run, together at most 1")
     if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_flops, args.max_minutes)) > 1:
         sys.exit("give only one of --max_steps, --max_tokens, --max_flops and --max_minutes: the schedule follows it")
     mix = parse_mix(args.dataset)
@@ -311,7 +311,6 @@ def main(argv=None):
 
     # the model, new or from a checkpoint
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
     config = GPTConfig(metas[first]["vocab_size"], args.block_size, args.n_layer, args.n_head,
                        args.n_embd, args.pos, args.smear)
     out_dir = args.out_dir or os.path.join("out", f"{'+'.join(mix)}-{args.n_layer}x{args.n_embd}")
@@ -347,8 +346,6 @@ def main(argv=None):
             scaler.load_state_dict(checkpoint["scaler"])
         step, seconds, used = (checkpoint[name] for name in ("step", "seconds", "used"))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group.setdefault("highest_lr", group["lr"])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if device.type == "cpu":
         keep_large_blocks()
@@ -450,7 +447,7 @@ def main(argv=None):
     while progress < 1 and not stopped:
         factor = learning_rate(progress if args.max_minutes else (step + 0.5) / max_steps, args)
         for group in groups:
-            group["lr"] = group["highest_lr"] * factor
+            group["lr"] = args.lr * factor
         # this step's rows, the same on every process, which then takes its own part
         which = np.random.default_rng((args.seed, step)).choice(len(data), rows, p=list(mix.values()))
         block = np.empty((rows, args.block_size + 1), np.int64)
@@ -550,7 +547,7 @@ def main(argv=None):
             seeds = range(args.seed, args.seed + 3)
             for i, ids in enumerate(tell(model, encoding, "", 500, seeds, temperature=0.8), 1):
                 print(f"\nStory {i}:\n{encoding.decode(ids)}")
-            print("\n" + "\n".join(f"{key + ':':20}{value}" for key, value in summary.items()))
+            print("\n" + "\n".join(f"{key + ': ':20}{value}" for key, value in summary.items()))
     if signal.SIGINT in stop:
         raise KeyboardInterrupt
 

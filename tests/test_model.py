@@ -195,7 +195,7 @@ def test_bad_checkpoints_end_in_one_line(tmp_path):
     model = make_model()
     torch.save({"model": model.state_dict()}, tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
-    for content in (b"", b"no checkpoint", whole[:len(whole) // 2]):
+    for content in (b"", b"no checkpoint", b"this is no checkpoint", b"hello\n", whole[:len(whole) // 2]):
         (tmp_path / "ckpt.pt").write_bytes(content)
         with pytest.raises(SystemExit, match="ckpt.pt cannot be read"):
             load_checkpoint(str(tmp_path))

@@ -307,6 +307,7 @@ def test_a_tokenizer_can_be_shared(workplace):
     ("s.jsonl", b'["story"]\n', "s.jsonl line 1 is no JSON object"),
     ("s.txt", b"", "no story for train"),
     ("s.md", b"Once.", "no .txt or .jsonl file"),
+    ("s-train.txt", b"Once upon a time. " * 9, "no story for val .*: give more stories, or raise --val_fraction, where"),
 ])
 def test_bad_input_ends_in_one_line(workplace, file, content, expected):
     (workplace / file).write_bytes(content)
@@ -344,6 +345,10 @@ def test_a_mistyped_option_is_refused_with_the_nearest(workplace, capsys):
         prepare.main(["--hold_out=word+summary", f"--input={__file__}", "--dataset=none"])
     with pytest.raises(SystemExit, match="must lie between 257"):
         prepare.main(["--vocab_size=70000"])
+    with pytest.raises(SystemExit, match="--hold_out is of instructions: add --instruct"):
+        prepare.main(["--hold_out=words+summary"])
+    with pytest.raises(SystemExit, match="--tokenizer=a has a size of its own: leave --vocab_size out"):
+        prepare.main(["--tokenizer=a", "--vocab_size=600"])
 
 
 def test_a_workers_error_reaches_the_user(workplace):

@@ -119,7 +119,9 @@ def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
     (["--out_dir=out/none"], "no checkpoint out/none/ckpt.pt: run python train.py"),
     (["--temperature=-1"], "--temperature=-1.0 must be at least 0"),
     (["--top_p=0"], "--top_p=0.0 must be at least"),
-    (["--interactive", "--prompt=Tim"], "leave the prompt and the instructions out"),
+    (["--interactive", "--prompt=Tim"], "--interactive asks for the beginning of each story: leave out"),
+    (["--interactive", "--num_samples=2"], "--interactive asks for the beginning of each story: leave out"),
+    (["--prompt=Tim", "--prompt_file=nowhere.txt"], "give --prompt or --prompt_file, not both"),
     (["--prompt_file=nowhere.txt"], "cannot read --prompt_file=nowhere.txt"),
 ])
 def test_bad_input_ends_in_one_line(run, in_prepared, options, expected):

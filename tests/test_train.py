@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -235,7 +236,8 @@ def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
     (["--out_dir=out/new", "--max_steps=3", "--max_minutes=1"], "give only one of"),
     (["--out_dir=out/new", "--embed_std=0"], "--embed_std=0.0 must be at least 0.001"),
     (["--out_dir=out/new", "--clip=-1"], "--clip=-1.0 must be at least 0"),
-    (["--out_dir=out/new", "--warmup=200"], "shares of the run, from 0 to 1"),
+    (["--out_dir=out/new", "--warmup=0.6"], "--warmup and --cooldown are shares of the run, together at most 1"),
+    (["--out_dir=out/new", "--eval_stories=-1"], "--eval_stories=-1 must be at least 0"),
     (["--out_dir=out/new", "--dataset=tiny:nan"], "neither a name nor name:weight"),
     (["--out_dir=out/new", "--log_interval=0"], "--log_interval=0 must be at least 1"),
     (["--out_dir=out/new", "--batch_tokens=16"], "--batch_tokens=16 is 0 rows"),
@@ -333,10 +335,11 @@ def test_a_size_is_a_shape_whose_parts_can_be_changed(in_prepared):
     assert load_checkpoint("out/odd")["model_config"]["n_head"] == 2
 
 
-def test_a_mix_draws_by_its_weights(in_prepared):
+def test_a_mix_draws_by_its_weights(in_prepared, capsys):
     write_jsonl(in_prepared / "data/more/s.jsonl", make_stories(100, seed=9))
     prepare(["--dataset=more", "--val_fraction=0.1", "--tokenizer=tiny"])
     run("mix", "--dataset=tiny:0.25,more:0.75", "--max_steps=50", "--evals=1")
+    assert all(re.match(r"\S+: +\S", line) for line in capsys.readouterr().out.split("\n\n")[-1].splitlines())
     used = load_checkpoint("out/mix")["used"]
     assert sum(used) == 400 and 60 < used[0] < 140
     last = read_log("mix")[-1]
