@@ -86,7 +86,7 @@ def forms(word, endings):
 
 
 def missing(words, story):
-    """Those of [verb, noun, adjective, any, …] that the story lacks in any inflection; of a compound all must be there."""
+    """Those of [verb, noun, adjective, any, …] that the story has in no inflection; all of a compound must be there."""
     found = set(re.findall(r"[^\W\d_]+", story.lower()))
     kinds = [("es", "ed", "ing"), ("es",), ("er", "est", "ly", "y")]
     kinds += [sum(kinds, ())] * (len(words) - 3)
