@@ -195,7 +195,7 @@ def test_stories_are_described_side_by_side(workplace, capsys):
     assert b["name 1"] == "Sam 50.00 %"  # names are counted within sentences, where all other words are small
     assert b["distinct 1-grams"] == "14 in 16 words" and "requested words used" not in b
     assert 0 < float(a["requested words used"].split()[0]) < 70
-    assert any("exact copies" in name for name in table)
+    assert [text.strip() for text in table["exact copies"] if text.strip()] == ["20.00 %", "0.00 %"]
     with pytest.raises(SystemExit, match="no file c.jsonl"):
         eval.main(["--stories", "c.jsonl"])
 
@@ -385,6 +385,10 @@ def test_instructions_followed(workplace):
     prepare(["--dataset=asked", "--input=data/x", "--instruct", "--hold_out=words+summary", "--vocab_size=512",
              "--val_fraction=0.2"])
     meta, args = load_meta("asked"), SimpleNamespace(max_tokens=150)
+    encoding = load_tokenizer("asked")
+    heads = [encoding.decode(ids.tolist()).partition("Story:")[0] for ids in
+             eval.split_stories(load_tokens("asked", "train"), encoding.eot_token)]
+    assert len(heads) > 400 and not any("Words:" in head and "Summary:" in head for head in heads)
     parrot = Parrot(load_tokens("asked", "val"), meta["eot"], meta["vocab_size"])
     found = eval.instructions(stand_in(parrot, "asked"), "asked", args)
     told = ("words used", "sentences included", "summary's words used")
@@ -428,6 +432,7 @@ def judged(run, in_prepared, fine, monkeypatch):
                            "--device=cpu", "--each=2", "--max_tokens=20", "--prompts=prompts.json", *options])
             finally:
                 grade.asked = [request["messages"][0]["content"] for request in server.requests]
+                assert all(request["max_tokens"] == 1000 for request in server.requests)  # --max_cost counts on it
         return read_results(run)["judge"]
 
     def fair(prompt, times):
@@ -623,7 +628,10 @@ def test_a_run_cut_short_is_no_seed_of_the_others(run, in_prepared):
 def test_a_dataset_that_was_not_prepared_is_not_needed_to_grade_on_another(run, in_prepared, workplace):
     shutil.copytree(in_prepared / run, "out/moved")
     os.makedirs("data/tiny")
-    assert eval.load("out/moved", torch.device("cpu"), SimpleNamespace(context=0, dataset="fine")).before == ""
+    assert load("out/moved", "fine").before == ""
+    write_jsonl(workplace / "data/tiny/s.jsonl", make_stories(60))  # one that learned instructions is asked with them
+    prepare(["--dataset=tiny", "--instruct", "--vocab_size=300", "--val_fraction=0.2"])
+    assert load("out/moved").before == "Story:\n"
 
 
 def test_what_was_measured_is_shown_again(run, in_prepared, capsys):

@@ -214,6 +214,7 @@ def test_a_run_writes_one_whole_record_a_story(capsys):
         run(server, "--n=30", "--concurrency=4", "--price_in=1", "--price_out=3")
     assert indices() == list(range(30)) and lines("rejected") == []
     assert len(server.requests) == 30 and 1 < server.most_under_way <= 4
+    assert all((r["model"], r["temperature"], r["max_tokens"]) == ("writer", 1, 1000) for r in server.requests)
     plans, record = list(generate.plans(30, 1, generate.load_words("words.json"))), lines()[0]
     assert (record["words"], record["features"]) == plans[record["index"]]
     assert record["story"].endswith("again.") and record["summary"] == "It ended."
@@ -273,6 +274,11 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
     assert f"({2 * len(given_up)} too short;" in capsys.readouterr().out
 
 
+def test_the_limit_of_an_answer_has_the_name_that_the_server_knows():
+    assert generate.connect("https://api.openai.com/v1")[1] == "max_completion_tokens"
+    assert generate.connect("http://localhost:8000/v1")[1] == "max_tokens"
+
+
 def test_half_a_surrogate_pair_does_not_lose_the_answer():
     with Server(lambda prompt, times: answer(good(prompt)["choices"][0]["message"]["content"] + "\ud83d")) as server:
         run(server, "--n=1")
@@ -305,7 +311,7 @@ def test_retry_after_is_honoured():
 def test_a_slow_answer_is_given_up_and_asked_for_again():
     with Server(lambda prompt, times: time.sleep(1.5) if times == 1 else None) as server:
         run(server, "--n=1", "--timeout=0.3")
-    assert indices() == [0] and len(server.requests) == 2
+    assert indices() == [0] and len(server.requests) >= 2               # a busy machine may be late once more
 
 
 @pytest.mark.parametrize("status, message", [
@@ -313,9 +319,8 @@ def test_a_slow_answer_is_given_up_and_asked_for_again():
     (400, "Unsupported parameter"), (402, "no credit"), (429, "insufficient_quota")])
 def test_what_waiting_cannot_mend_stops_the_run_at_once(status, message, capsys):
     with Server(lambda prompt, times: fault(status, message) if len(server.requests) > 10 else None) as server:
-        start = time.time()
         line = refused(server, "--n=100", "--concurrency=3")
-    assert time.time() - start < 3 and len(server.requests) <= 13 and len(lines()) == 10
+    assert len(server.requests) <= 13 and len(lines()) == 10
     assert message.split(":")[0] in line and "90 stories are missing: the same command goes on" in line
     assert KEY not in "".join(capsys.readouterr())
 
@@ -454,14 +459,18 @@ def wait_until(condition):
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_waits_for_the_answers_under_way_and_a_second_one_does_not(times):
-    with Server(lambda prompt, times: time.sleep(0.5)) as server:
+    answers = threading.Event()
+    with Server(lambda prompt, times: answers.wait(60) and None) as server:
         process = start(server, "--n=100", "--concurrency=5")
         wait_until(lambda: server.under_way == 5)
         process.send_signal(signal.SIGINT)
+        told = process.stderr.readline()                                # so the first Ctrl-C has arrived
         if times == 2:
-            time.sleep(0.1)
             process.send_signal(signal.SIGINT)
+            process.wait(60)
+        answers.set()
         out, err = process.communicate()
+    assert told == "waiting for the answers under way; Ctrl-C again drops them\n"
     kept = 5 if times == 1 else 0
     assert process.returncode == 1 and "Traceback" not in err
     assert len(server.requests) == 5 and len(lines()) == kept

@@ -19,8 +19,9 @@ import interpret
 import model as architecture
 import train
 from conftest import make_stories, write_jsonl
+from eval import evaluate
 from interpret import KINDS
-from model import alibi_slopes
+from model import alibi_slopes, load_model
 from prepare import load_tokenizer
 from prepare import main as prepare
 from test_model import POSITIONS, make_model, tokens
@@ -195,6 +196,14 @@ def test_a_planted_main_character_neuron_is_found_and_silenced():
     found, = interpret.loss_without_neurons(model, stories, [[(2, 33)]])
     assert found[:2] == pytest.approx(expected, abs=1e-4)
     assert found[2] == pytest.approx(0, abs=1e-6)  # in the last layer, nothing can carry it to a later place
+    model = plant(layer=0, neuron=33, direction=9)
+    model.pos_embed.weight.data[6, 9] = 3
+    with torch.no_grad(), interpret.silence(model.blocks[0].mlp.proj, [33], torch.arange(31).expand(20, -1) == 6):
+        silenced = model(idx[:, :-1], idx[:, 1:])
+    with torch.no_grad():
+        rise = (silenced - model(idx[:, :-1], idx[:, 1:]))[later].mean().item()
+    assert abs(rise) > 1e-3
+    assert interpret.loss_without_neurons(model, stories, [[(0, 33)]])[0][2] == pytest.approx(rise, abs=1e-5)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -263,7 +272,7 @@ def written(run, prepared):
     return folder / "interpret.html", json.loads((folder / "interpret.json").read_text()), printed.getvalue()
 
 
-def test_the_page_holds_the_numbers_and_fetches_nothing(written):
+def test_the_page_holds_the_numbers_and_fetches_nothing(written, in_prepared):
     path, numbers, _ = written
     html = path.read_text()
     assert len(html) < 5e6 and "http:" not in html and "https:" not in html and "src=" not in html
@@ -271,6 +280,9 @@ def test_the_page_holds_the_numbers_and_fetches_nothing(written):
     heads = numbers["heads"]
     assert [(h["layer"], h["head"]) for h in heads] == [(i, j) for i in range(2) for j in range(len(heads) // 2)]
     assert f"{heads[0]['loss rise']:.3g}</td>" in html
+    cut = load_model(str(path.parent))[0]
+    cut.blocks[1].attn.proj.weight.data.zero_()  # its only head
+    assert numbers["loss"] + heads[1]["loss rise"] == pytest.approx(evaluate(cut, "hostile")["val_loss"], rel=1e-4)
     assert numbers["stories"] == 30 and 1 < numbers["loss"] < 7 and len(numbers["neurons"]) == 2 * 256
     assert set(numbers["skills"][0]) == {"layer", "head", "reasoning"}  # the spans of these stories
     assert {"trained", "shuffled", "untrained"} == set(numbers["shares"]) and "Runs compared" in html

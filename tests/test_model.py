@@ -1,11 +1,13 @@
 """model.py: what a causal language model must satisfy, and agreement with one written in NumPy."""
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from model import GPT, SIZES, Cache, GPTConfig, alibi_slopes, load_checkpoint, pick_device, rope_table, rotate
+from model import (GPT, SIZES, Cache, GPTConfig, alibi_slopes, find_run, load_checkpoint, pick_device, rope_table,
+                   rotate)
 
 POSITIONS = ("rope", "alibi", "learned", "none")
 
@@ -201,6 +203,16 @@ def test_bad_checkpoints_end_in_one_line(tmp_path):
             load_checkpoint(str(tmp_path))
     with pytest.raises(SystemExit, match="is no checkpoint of train.py"):
         load_checkpoint(str(tmp_path / "whole.pt"))
+
+
+def test_the_newest_run_is_taken_where_none_is_named(workplace):
+    with pytest.raises(SystemExit, match="no trained model in out/: run python train.py first"):
+        find_run()
+    for when, name in ((1, "b"), (3, "a"), (2, "c")):
+        (workplace / "out" / name).mkdir(parents=True)
+        (workplace / "out" / name / "ckpt.pt").touch()
+        os.utime(workplace / "out" / name / "ckpt.pt", (when, when))
+    assert find_run() == os.path.join("out", "a")
 
 
 def test_a_device_that_is_not_there_ends_in_one_line():

@@ -118,6 +118,12 @@ def test_splits_are_known_by_the_names_of_their_files(workplace, name, split):
     assert prepare.find_files(str(workplace)) == [(str(workplace / name), split)]
 
 
+def test_rejected_answers_are_no_stories(workplace):
+    for name in ("stories", "rejected"):  # as generate.py writes them
+        (workplace / f"{name}.jsonl").touch()
+    assert prepare.find_files(str(workplace)) == [(str(workplace / "stories.jsonl"), None)]
+
+
 def test_files_that_begin_with_a_byte_order_mark_can_be_joined(workplace):
     for name, one in (("s.jsonl", '\ufeff{"story": "One."}\n'), ("s.txt", "\ufeffOne.\n<|endoftext|>\n")):
         (workplace / name).write_text(one * 3)
@@ -281,6 +287,20 @@ def test_trimming_keeps_the_most_used_tokens_and_every_text():
     assert len(encoding.encode_ordinary(text)) == used.total()  # what is kept is still reached by merging
 
 
+def test_gpt2s_tokens_are_those_that_the_stories_use(in_prepared, monkeypatch):
+    """--tokenizer=gpt2, with another tokenizer in the place of GPT-2's, which would be downloaded."""
+    ranks = prepare.load_ranks("tiny")
+    monkeypatch.setattr(prepare.tiktoken, "get_encoding", lambda name: prepare.make_encoding(ranks))
+    prepare.main(["--dataset=few", "--input=data/tiny", "--tokenizer=gpt2", "--vocab_size=400", "--val_fraction=0.1"])
+    stories = read_back("few", "train")
+    assert stories == read_back("tiny", "train")
+    used = Counter(t for story in stories for t in prepare.make_encoding(ranks).encode_ordinary(story))
+    assert prepare.load_ranks("few") == prepare.trim_bpe(ranks, used, 400)
+    kept = sum(used[ranks[token]] for token in prepare.load_ranks("few"))
+    assert kept < used.total()
+    assert prepare.load_meta("few")["tokenizer"]["coverage"] == pytest.approx(kept / used.total())
+
+
 def test_every_text_round_trips(in_prepared):
     encoding, draw = prepare.load_tokenizer("tiny"), random.Random(3)
     for _ in range(200):
@@ -307,7 +327,7 @@ def test_a_tokenizer_can_be_shared(workplace):
     ("s.jsonl", b'["story"]\n', "s.jsonl line 1 is no JSON object"),
     ("s.txt", b"", "no story for train"),
     ("s.md", b"Once.", "no .txt or .jsonl file"),
-    ("s-train.txt", b"Once upon a time. " * 9, "no story for val .*: give more stories, or raise --val_fraction, where"),
+    ("s-train.txt", b"Once upon a time. " * 9, "no story for val .*: give more stories, or raise --val_fraction"),
 ])
 def test_bad_input_ends_in_one_line(workplace, file, content, expected):
     (workplace / file).write_bytes(content)

@@ -16,12 +16,12 @@ EOT = 96
 
 @pytest.mark.parametrize("pos", ["rope", "alibi"])
 def test_greedy_equals_the_argmax_of_the_uncached_model(pos):
-    model, ids = make_model(pos=pos), [3, 1, 4, 1, 5]
-    found = [t.item() for t in sample.generate(model, ids, 27, [0], EOT, temperature=0)]
-    expected = list(ids)
-    while len(expected) < 32 and (len(expected) == 5 or expected[-1] != EOT):
-        expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
-    assert found == expected[5:] and len(found) > 3
+    model, ids, expected = make_model(pos=pos), [3, 1, 4, 1, 5], []
+    while len(ids + expected) < 32:
+        expected.append(model(torch.tensor([ids + expected]))[0, -1].argmax().item())
+    end = expected[12]  # as if this token were <|endoftext|>
+    found = [t.item() for t in sample.generate(model, ids, 27, [0], end, temperature=0)]
+    assert found == expected[:expected.index(end) + 1] and len(found) > 3
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
@@ -85,6 +85,13 @@ def test_stories_from_the_command_line(run, in_prepared, capsys):
     assert stories[1].strip() == one.strip()  # the second of the batch has the second seed
     sample.main([*options, "--num_samples=2", "--dtype=bfloat16"])
     assert capsys.readouterr().out.count("Once upon a time") == 2
+    with open("beginning.txt", "w") as f:
+        f.write("Once upon a time\n")
+    sample.main([options[0], "--prompt_file=beginning.txt", *options[2:], "--seed=2"])
+    assert capsys.readouterr().out == one
+    sample.main([*options, "--summary=A dog runs.", "--words=run, dog", "--features=dialogue", "--max_tokens=1"])
+    assert capsys.readouterr().out.startswith(
+        "Features: dialogue\nWords: run, dog\nSummary: A dog runs.\nStory:\nOnce upon a time")
 
 
 def test_text_streams_on_after_bytes_that_are_no_text(capsys):
