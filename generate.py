@@ -186,8 +186,9 @@ async def no_retry_without_quota(response):
 
 
 def connect(base_url, timeout=120.0, max_retries=8):
-    """A client of the server ("": the one that OPENAI_BASE_URL names), and its name for the limit of an answer."""
-    if not re.match("https?://", base_url or os.environ.get("OPENAI_BASE_URL") or "https://"):
+    """(client, what its server calls the limit of an answer); base_url "" is OPENAI_BASE_URL's server, else OpenAI."""
+    server = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    if not re.match("https?://", server):
         sys.exit("--base_url and OPENAI_BASE_URL must begin with http:// or https://")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
@@ -196,7 +197,7 @@ def connect(base_url, timeout=120.0, max_retries=8):
     if not re.fullmatch(r"[!-~]+", key):        # httpx would print the whole of it in its complaint
         sys.exit("OPENAI_API_KEY has characters that no key has: was it copied whole?")
     client = openai.AsyncOpenAI(
-        api_key=key, base_url=base_url or None, timeout=timeout, max_retries=max_retries,
+        api_key=key, base_url=server, timeout=timeout, max_retries=max_retries,
         http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [no_retry_without_quota]}))
     # OpenAI's newer models refuse the limit's old name; many other servers do not know its new one
     return client, "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"

@@ -106,13 +106,15 @@ def judge(told, controls, path, args):
         print(f"{len(questions):,} questions to {args.judge}, {len(pairs) - len(questions):,} replies known: about "
               "{:,} tokens in, {:,} out".format(*tokens) + f", ${cost(args, *tokens):.2f}" * (args.price_out > 0))
         client, limit = connect(args.base_url)
+        kept = f"\nthe replies so far are in {path}: the same command goes on"
         try:
             with open(path, "a", encoding="utf-8") as file:
                 why = asyncio.run(ask_judge(client, limit, questions, args, file))
-        except KeyboardInterrupt:
-            why = "stopped by Ctrl-C, without the replies under way"
+        except KeyboardInterrupt:  # goes on, so that a shell's loop ends too
+            print("stopped by Ctrl-C, without the replies under way" + kept, file=sys.stderr)
+            raise
         if why:
-            sys.exit(f"{why}\nthe replies so far are in {path}: the same command goes on")
+            sys.exit(why + kept)
         replies = read(files)
     figures, unfit = {"judge": args.judge}, []
     marks = {name: [[m for pair in some if (m := replies[key_of(pair)])] for some in group]

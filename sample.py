@@ -205,12 +205,12 @@ def main(argv=None):
     settings = {**how, "max_tokens": args.max_tokens, "seed": args.seed}
     if wrong := check({**settings, "num_samples": args.num_samples}):
         sys.exit(f"--{wrong}")
+    if args.prompt and args.prompt_file:
+        sys.exit("give --prompt or --prompt_file, not both")
     device, dtype = pick_device(args.device, args.dtype)
     model, _, encoding = load_run(args.out_dir or find_run(), device)
     model = NumpyGPT(model) if device.type == "cpu" and dtype == torch.float32 else model.to(dtype)
     prompt = args.prompt
-    if args.prompt and args.prompt_file:
-        sys.exit("give --prompt or --prompt_file, not both")
     if args.prompt_file:
         try:
             with open(args.prompt_file, encoding="utf-8") as f:

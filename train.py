@@ -365,7 +365,7 @@ def main(argv=None):
     began, forward = time.perf_counter(), model
     if compiled:
         try:
-            forward = torch.compile(model)
+            forward = torch.compile(model)  # may advise TF32, in which val_bpb would not be eval.py's
             idx = torch.zeros(batch, args.block_size + 1, dtype=torch.int64, device=device)
             with autocast:
                 loss = forward(idx[:, :-1], idx[:, 1:]).mean()
