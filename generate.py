@@ -370,7 +370,8 @@ def main(argv=None):
           f"{ledger.rejects.total():,} answers rejected{reasons and f' ({reasons}; see {rejected_path})'}; "
           f"{ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out, ${ledger.cost():,.2f}")
     if left := sum(map(ledger.wants, range(args.n))):
-        sys.exit(f"{why}\n{left:,} stories are missing: the same command goes on")
+        why += f"\n{left:,} stories are missing: the same command goes on"
+        raise KeyboardInterrupt(why) if why.startswith("stopped by Ctrl-C") else SystemExit(why)
     if not ledger.done:
         sys.exit(f"not one story was good: read {rejected_path}, and choose another --model and --name")
     print(f"next: python prepare.py --dataset={args.name}")

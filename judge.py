@@ -110,9 +110,8 @@ def judge(told, controls, path, args):
         try:
             with open(path, "a", encoding="utf-8") as file:
                 why = asyncio.run(ask_judge(client, limit, questions, args, file))
-        except KeyboardInterrupt:  # goes on, so that a shell's loop ends too
-            print("stopped by Ctrl-C, without the replies under way" + kept, file=sys.stderr)
-            raise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped by Ctrl-C, without the replies under way" + kept) from None
         if why:
             sys.exit(why + kept)
         replies = read(files)

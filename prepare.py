@@ -94,7 +94,9 @@ def start(main):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
-    except KeyboardInterrupt:  # end as if it had never been caught, so that a shell's loop ends too
+    except KeyboardInterrupt as e:  # end as if it had never been caught, so that a shell's loop ends too
+        if e.args:
+            print(e, file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
     except BrokenPipeError:
@@ -654,8 +656,8 @@ def main(argv=None):
     try:
         prepare(args)
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: data/{args.dataset} is as it was before, but for what was downloaded, which stays; "
-                 "the same command goes on")
+        raise KeyboardInterrupt(f"interrupted: data/{args.dataset} is as it was before, but for what was downloaded, "
+                                "which stays; the same command goes on") from None
     finally:
         shutil.rmtree(f"data/{args.dataset}/{UNFINISHED}", ignore_errors=True)
 
