@@ -482,6 +482,8 @@ def load(name, device, args):
         checkpoint, when = {"tokenizer": None}, 0
         folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
         os.makedirs(folder, exist_ok=True)
+    elif name.endswith((".txt", ".jsonl")):
+        sys.exit(f"{name} is no run: for a file of stories, python eval.py --stories {name}")
     else:
         model, checkpoint, encoding = load_run(name, device, args.context)
         if name.endswith(".pt"):  # out/a/ckpt-0000064.pt: its files are out/a/ckpt-0000064.eval.json and so on

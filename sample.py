@@ -176,7 +176,7 @@ def interact(model, encoding, settings):
                 else:
                     settings = changed
             except (KeyError, ValueError):
-                print(f"/{name}={value} is no setting: they are {', '.join(settings)}")
+                print(f"{line} is no setting: they are {', '.join(settings)}")
         else:
             print("  ".join(f"/{key}={value}" for key, value in settings.items()))
 

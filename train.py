@@ -500,9 +500,9 @@ def main(argv=None):
                 write_log(train_loss=train_loss, lr=groups[0]["lr"], tokens_per_second=round(speed), **mfu,
                           grad_norm=norm.item() if norm.isfinite() else None)
             bar.set_postfix_str(f", loss {train_loss:.3f}, {speed:,.0f} tok/s", refresh=False)
+            left = f"{speed:,.0f} tokens/s, about {seconds * (1 / max(1e-9, progress) - 1) / 60:.1f} minutes left"
             if bar.disable and 1 < step - first_step < 3 * args.log_interval:
-                left = seconds * (1 / progress - 1) / 60
-                say(f"step {step}: train loss {train_loss:.3f}, {speed:,.0f} tokens/s, about {left:.1f} minutes left")
+                say(f"step {step:,}: train loss {train_loss:.3f}, {left}")
         bar.update((seconds if args.max_minutes else step) - bar.n)
         if master and args.keep == "log" and step & (step - 1) == 0:
             save(weights(), os.path.join(out_dir, f"ckpt-{step:07d}.pt"))
@@ -511,7 +511,7 @@ def main(argv=None):
                 result = validate(args.eval_stories)
                 write_log(**result)
                 ids, = tell(model, encoding, "", 300, [args.seed + step], temperature=0.8)
-                say(f"step {step:,}: train loss {train_loss:.4f}, val_bpb {result['val_bpb']:.4f}\n  "
+                say(f"step {step:,}: train loss {train_loss:.3f}, val_bpb {result['val_bpb']:.4f}, {left}\n  "
                     + encoding.decode(ids).replace("\n", "\n  "))
                 aside += time.perf_counter() - started - seconds
                 seconds = time.perf_counter() - started

@@ -696,6 +696,7 @@ def test_charts_are_well_formed_and_show_every_point():
     (["--prompts=none.json"], "cannot read --prompts=none.json"),
     (["--each=0"], "must be at least 1"),
     (["out/none"], "no checkpoint out/none/ckpt.pt"),
+    (["told.txt"], "told.txt is no run: for a file of stories, python eval.py --stories told.txt"),
 ])
 def test_bad_input_ends_in_one_line(workplace, options, expected):
     (workplace / "bad.json").write_text('[{"skill": "fact"}]')
