@@ -479,7 +479,7 @@ def test_ctrl_c_waits_for_the_answers_under_way_and_a_second_one_does_not(times)
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_killed_at_random_moments_every_story_is_there_once_and_paid_once():
-    n, concurrency, kills, rng = 120, 8, 6, random.Random()
+    n, concurrency, kills, rng = 120, 8, 4, random.Random()
     with Server(lambda prompt, times: time.sleep(0.02 * rng.random())) as server:
         for kill in range(kills):
             process = start(server, f"--n={n}", f"--concurrency={concurrency}")
