@@ -1,8 +1,7 @@
-"""The transformer: config, attention, MLP, block, model, key-value cache, loading from a checkpoint."""
-import glob
+"""The transformer, its key-value cache, and the optimizers that fit its weights.
+
+Shapes in comments: B batch, T tokens, C channels (n_embd), H heads, D channels of a head, S keys, V vocabulary."""
 import math
-import os
-import pickle
 import sys
 from dataclasses import dataclass
 
@@ -10,63 +9,68 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import pick_device
+
 # the paper's shapes: n_layer, n_embd, n_head (Eldan & Li 2023, arXiv 2305.07759)
 SIZES = {"1M": (8, 64, 4), "3M": (8, 128, 4), "8M": (8, 256, 8), "28M": (8, 512, 8), "33M": (4, 768, 12),
          "1L-21M": (1, 1024, 16), "2L-33M": (2, 1024, 16)}
+POSITIONS = ("rope", "alibi", "learned", "none")
 
 
 @dataclass
 class GPTConfig:
     vocab_size: int = 4096
-    block_size: int = 256
+    block_size: int = 256  # the context: how many tokens the model sees at once
     n_layer: int = 8
     n_head: int = 4
     n_embd: int = 128
-    pos: str = "rope"  # rope, alibi, learned or none
-    smear: bool = True  # every token also shows the one before it
+    pos: str = "rope"  # how positions are encoded: one of POSITIONS
+    smear: bool = True  # add a learned share of the previous token's embedding to each token's own
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 sys.exit(f"--{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
-            sys.exit(f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}")
-        if self.pos not in ("rope", "alibi", "learned", "none"):
-            sys.exit(f"--pos={self.pos} is none of rope, alibi, learned, none")
-        if self.pos == "rope" and self.n_embd // self.n_head % 2:
-            sys.exit(f"rope needs an even head size, not {self.n_embd // self.n_head}: change --n_head or --n_embd")
+            sys.exit(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
+        if self.pos not in POSITIONS:
+            sys.exit(f"--pos={self.pos} must be one of {', '.join(POSITIONS)}")
+        head_size = self.n_embd // self.n_head
+        if self.pos == "rope" and head_size % 2:
+            sys.exit(f"rope needs an even head size, not {head_size}: change --n_head or --n_embd")
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without weights: the matrix that follows can scale as well."""
+    """RMSNorm over the last dimension, without a learned gain: the matrix that follows can absorb it."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rope_table(length, size, base=10000.0):
-    """cos and sin, (length, size/2), of position times frequency (Su et al. 2021, arXiv 2104.09864)."""
-    angle = torch.outer(torch.arange(length).float(), base ** (-torch.arange(0, size, 2).float() / size))
+def rope_table(length, head_size, base=10000.0):
+    """cos and sin, (length, D/2), of position times frequency (Su et al. 2021, arXiv 2104.09864)."""
+    frequency = base ** (-torch.arange(0, head_size, 2).float() / head_size)  # (D/2,)
+    angle = torch.outer(torch.arange(length).float(), frequency)
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + size/2]) of x (B, T, H, size) by its position's angle, (T, size/2)."""
+def apply_rope(x, cos, sin):
+    """Rotary embedding: rotate each pair (x[i], x[i + D/2]) of x (B, T, H, D) by an angle; cos and sin are (T, D/2)."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, D/2), the same for all heads
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 def alibi_slopes(n_head):
-    """m_h = 2^(-8h/H) for h = 1..H: how steeply head h forgets with distance (Press et al. 2022, arXiv 2108.12409)."""
+    """m_h = 2^(-8h/H) for h = 1..H: how much a logit falls per token of distance (Press et al. 2022, arXiv 2108.12409).
+    """
     return 2.0 ** (-8.0 * torch.arange(1, n_head + 1) / n_head)
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D); causal, unless a mask says otherwise."""
-    T = q.size(2)
+    """softmax(q k^T / sqrt(D)) v of q (B, H, T, D) and k, v (B, H, S, D); causal unless a mask is given."""
+    T, S = q.size(2), k.size(2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
-        # torch's fused kernel is slow here, above all backward: as two products and a softmax it trains 1.5 times
-        # faster. For a single query a sum is faster than a product, which would copy the keys first
-        S = k.size(2)
+        # torch's fused kernel is slow here, above all its backward pass: two products and a softmax train 1.5 times
+        # faster. For a single query, multiplying and summing is faster than a product, which would copy the keys.
         scores = q @ k.transpose(-2, -1) if T > 1 else (q * k).sum(-1)[:, :, None]  # (B, H, T, S)
         future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
         scores = (scores.float() * q.size(-1) ** -0.5).masked_fill(future, -math.inf)
@@ -78,22 +82,25 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        # three matrices instead of one: Muon orthogonalizes each of them by itself, which learns faster
         self.q = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.k = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, mask, past):
+    def forward(self, x, rope, mask, kv_cache, start):
         B, T, C = x.shape
-        q, k, v = (linear(x).view(B, T, self.n_head, -1) for linear in (self.q, self.k, self.v))  # (B, T, H, D)
-        q, k = norm(q), norm(k)  # QK-norm keeps the logits of attention in bounds at high learning rates
+        q = self.q(x).view(B, T, self.n_head, -1)  # (B, T, H, D)
+        k = self.k(x).view(B, T, self.n_head, -1)
+        v = self.v(x).view(B, T, self.n_head, -1)
+        q, k = norm(q), norm(k)  # QK-norm: attention's logits stay bounded at high learning rates
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        if past is not None:  # this layer's part of the cache, and how many positions of it are filled
-            kv, start = past
-            kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
-            k, v = kv[:, :, :, :start + T]  # (B, H, start + T, D)
+        if kv_cache is not None:  # add these keys and values to the cached ones, and attend to all of them
+            kv_cache[0, :, :, start:start + T] = k
+            kv_cache[1, :, :, start:start + T] = v
+            k, v = kv_cache[:, :, :, :start + T]  # (B, H, start + T, D)
         y = attend(q, k, v, mask)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -105,8 +112,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        x = F.relu(self.fc(x))
-        return self.proj(x * x)  # autocast on a GPU would compute .square(), and keep it, in float32
+        x = F.relu(self.fc(x))  # (B, T, 4C)
+        return self.proj(x * x)  # squared ReLU; under autocast, x.square() would run in float32 on a GPU
 
 
 class Block(nn.Module):
@@ -115,19 +122,21 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, past):
-        x = x + self.attn(norm(x), rope, mask, past)  # (B, T, C)
+    def forward(self, x, rope, mask, kv_cache, start):
+        x = x + self.attn(norm(x), rope, mask, kv_cache, start)  # (B, T, C)
         return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
     """Decoder-only transformer: pre-norm, QK-norm, squared-ReLU MLP, no biases, untied head that starts at zero.
 
-    Smear (after modded-nanogpt) adds to each token's embedding a learned share of the one before, channel by channel.
-    Knowing what stood before each earlier token, one layer can already look up what followed (an induction head).
+    Smear (after modded-nanogpt) adds to each token's embedding a learned share of the previous one, channel by channel.
+    A single layer can then find what followed an earlier copy of a token (an induction head); a plain transformer needs
+    a previous-token head in the layer below.
 
-    New embeddings are drawn with deviation `embed_std`. Small ones learn faster; but tokens that are used alike are
-    pushed the same way in most steps, and from a small beginning end nearly the same: no layer can tell them apart."""
+    New embeddings are drawn with standard deviation `embed_std`. Small ones learn faster. But tokens that are used
+    alike, such as + and -, get nearly the same gradients: if they start small, they may end nearly equal, and no layer
+    can tell them apart."""
 
     def __init__(self, config, embed_std=0.1):
         super().__init__()
@@ -145,130 +154,167 @@ class GPT(nn.Module):
             self.register_buffer("sin", sin, persistent=False)
         elif config.pos == "alibi":
             self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
+        self.init_weights(embed_std)
+
+    def init_weights(self, embed_std):
         for name, p in self.named_parameters():
             if name.endswith("proj.weight") or name == "head.weight":
-                nn.init.zeros_(p)  # every block starts as the identity, and every token as equally likely
+                nn.init.zeros_(p)  # every block starts as the identity, and all tokens are equally likely
             elif name == "smear":
                 nn.init.constant_(p, 0.5)
+            elif "embed" in name:
+                nn.init.normal_(p, std=embed_std)
             else:
-                nn.init.normal_(p, std=embed_std if "embed" in name else config.n_embd ** -0.5)
+                nn.init.normal_(p, std=self.config.n_embd ** -0.5)
 
-    def mask(self, T, start, device):
-        """What T positions after `start` earlier ones may see: a mask for attention, or None where causal will do."""
+    def attention_mask(self, T, start, device):
+        """What T positions after `start` cached ones may attend to; None if plain causal masking suffices.
+
+        A bias on the logits, (H, T, start + T), for alibi; else (T, start + T), True where attention is allowed."""
         if self.config.pos != "alibi" and (start == 0 or T == 1):
             return None
-        distance = torch.arange(start, start + T, device=device)[:, None] - torch.arange(start + T, device=device)
+        queries = torch.arange(start, start + T, device=device)
+        distance = queries[:, None] - torch.arange(start + T, device=device)  # (T, start + T)
         if self.config.pos != "alibi":
-            return distance >= 0  # (T, start + T)
+            return distance >= 0
         bias = -self.slopes[:, None, None] * distance
-        return bias.masked_fill(distance < 0, -math.inf)  # (H, T, start + T)
+        return bias.masked_fill(distance < 0, -math.inf)
+
+    def add_smear(self, x, cache):
+        """Add to x (B, T, C) the learned share of each token's predecessor. The cache remembers the last token."""
+        if cache and cache.length:
+            previous = cache.last_embedding
+        else:
+            previous = torch.zeros_like(x[:, :1])
+        if cache:
+            cache.last_embedding = x[:, -1:]
+        previous = torch.cat((previous, x[:, :-1]), dim=1)  # (B, T, C)
+        return norm(x + self.smear * previous)
 
     def forward(self, idx, targets=None, cache=None):
-        """Logits (B, T, vocab_size) of token ids (B, T); with `targets` (B, T), the nats each costs, 0 where it is -1.
-
-        With a `cache`, idx continues what the cache has read, and is added to it.
-        """
-        T, start = idx.size(1), cache.length if cache else 0
+        """Logits (B, T, V) of token ids idx (B, T). With `targets` (B, T), the cross-entropy of each token in nats,
+        (B, T); targets of -1 are ignored and cost 0. With a `cache`, idx continues what the cache holds, and is added
+        to it."""
+        T = idx.size(1)
+        start = cache.length if cache else 0
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into a block of {self.config.block_size}")
+            raise ValueError(f"{start + T} tokens do not fit into a context of {self.config.block_size}")
         x = self.embed(idx)  # (B, T, C)
         if self.config.pos == "learned":
             x = x + self.pos_embed.weight[start:start + T]
         x = norm(x)
-        if self.config.smear:  # a key then tells what stood before it, which else a whole layer would have to copy
-            before = cache.last if start else torch.zeros_like(x[:, :1])
-            before = torch.cat((before, x[:, :-1]), 1)  # (B, T, C)
-            if cache:
-                cache.last = x[:, -1:]
-            x = norm(x + self.smear * before)
-        rope = (self.cos[start:start + T], self.sin[start:start + T]) if self.config.pos == "rope" else None
-        mask = self.mask(T, start, idx.device)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache and (cache.kv[i], start))
+        if self.config.smear:
+            x = self.add_smear(x, cache)
+        rope = None
+        if self.config.pos == "rope":
+            rope = self.cos[start:start + T], self.sin[start:start + T]
+        mask = self.attention_mask(T, start, idx.device)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache.kv[layer] if cache else None, start)
         if cache:
             cache.length += T
         logits = self.head(norm(x))
         if targets is None:
             return logits
+        # in float32: bfloat16 is too coarse for a sum over the whole vocabulary
         nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
         return nats.view_as(targets)
 
     def num_params(self, embedding=True):
-        """Number of weights, with or without those of the token and position embeddings, smear and the head."""
+        """Number of weights; without `embedding`, those of the blocks alone: no embeddings, no smear, no head."""
         return sum(p.numel() for name, p in self.named_parameters() if embedding or name.startswith("blocks."))
 
     def flops_per_token(self):
-        """Training FLOPs per token: 6 per weight of a matrix product (Kaplan et al. 2020, arXiv 2001.08361), and per
-        layer and channel 12 for each key looked at, (T + 1)/2 on average. Looking up an embedding costs none."""
+        """Training FLOPs per token: 6 per weight of a matrix product (Kaplan et al. 2020, arXiv 2001.08361), and in
+        each layer 12 per channel and key, of which there are (T + 1)/2 on average. Embedding look-ups cost none."""
         c = self.config
         weights = self.num_params(embedding=False) + c.vocab_size * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_embd * (c.block_size + 1) // 2
 
 
 class Cache:
-    """The keys and values of every layer, (n_layer, 2, B, H, block_size, D), of which `length` positions are filled;
-    `last`, the embedding of the last token, for smear."""
+    """The keys and values of all layers, (n_layer, 2, B, H, block_size, D), for decoding one token at a time.
+
+    `length` positions are filled. `last_embedding` (B, 1, C) is the last token's, for smear."""
 
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
         self.kv = torch.zeros(c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head,
                               dtype=weight.dtype, device=weight.device)
-        self.length, self.last = 0, None
+        self.length = 0
+        self.last_embedding = None
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# devices, and loading from a checkpoint
+# optimizers: which weights learn how depends on what they are, so whoever changes the model should see this
 
 
-def pick_device(device="auto", dtype="auto"):
-    """(torch.device, torch.dtype) to train on: CUDA, then MPS, then CPU; bfloat16 where it is fast, float16 on older
-    GPUs, else float32."""
-    try:
-        device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else
-                              "mps" if torch.backends.mps.is_available() else "cpu")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        sys.exit(f"--device={device} cannot be used here ({str(e).splitlines()[0]}): try --device=cpu")
-    if device.type == "cuda":
-        fast = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        fast = torch.bfloat16
-    else:
-        fast = torch.float32
-    if device.type == "cpu" and fast == torch.float32 and dtype not in ("auto", "float32"):
-        print(f"this CPU has no {dtype} products, and imitates them slowly: leave --dtype out", file=sys.stderr)
-    return device, fast if dtype == "auto" else getattr(torch, dtype)
+def orthogonalize(x, dtype):
+    """About U V^T of each matrix U S V^T in x (B, M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
+
+    Newton-Schulz iteration of fifth degree. Its coefficients, and the optimizer, are Jordan et al.'s (2024,
+    kellerjordan.github.io/posts/muon)."""
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
 
 
-def find_run():
-    """The folder under out/ whose checkpoint is the newest."""
-    runs = glob.glob(os.path.join("out", "*", "ckpt.pt"))
-    if not runs:
-        sys.exit("no trained model in out/: run python train.py first")
-    return os.path.dirname(max(runs, key=os.path.getmtime))
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum whose update of each matrix is made nearly orthogonal, so that rare directions move as
+    far as common ones.
+
+    torch.optim.Muon does the same, but always multiplies in bfloat16. On CPUs without instructions for that, as in
+    most laptops, its step takes nine times as long as one in float32."""
+
+    def __init__(self, matrices, dtype, **settings):
+        super().__init__(matrices, settings)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            stacks = {}  # a GPU takes all matrices of one shape at once: a single one is too little work for it
+            for p in group["params"]:
+                if p.grad is not None:
+                    stacks.setdefault(p.shape if p.is_cuda else id(p), []).append(p)
+            for matrices in stacks.values():
+                updates = torch.stack([self.nesterov_update(p, group["momentum"]) for p in matrices])
+                for p, update in zip(matrices, orthogonalize(updates, self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+    def nesterov_update(self, p, momentum):
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
 
 
-def load_checkpoint(path):
-    """The dict that train.py saved, on the CPU, from a file or a run's folder."""
-    path = path if path.endswith(".pt") else os.path.join(path, "ckpt.pt")
-    if not os.path.exists(path):
-        sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path)} first")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as e:
-        sys.exit(f"{path} cannot be read ({e.__class__.__name__}), it may be cut off or be no checkpoint: train again")
-    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
-        sys.exit(f"{path} is no checkpoint of train.py: python train.py writes one")
-    return checkpoint
+def make_optimizers(model, args):
+    """Muon for the matrices of the blocks and AdamW for all other weights, or AdamW for everything.
+
+    Embedding and head do not decay. Next to Muon, their AdamW averages gradients over fewer steps and squares over more
+    than usual, since most rows of an embedding have no gradient in most steps."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("blocks.")]
+    if args.optimizer == "adamw":
+        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+    _, fast = pick_device(str(model.head.weight.device))
+    muon_dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32  # float16 could overflow
+    return [Muon(matrices, muon_dtype, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
+            torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
 
 
-def load_model(path, device="cpu", block_size=0):
-    """(model in float32, checkpoint) of a run's folder or a checkpoint file; with another context, if one is given."""
-    checkpoint = load_checkpoint(path)
-    config = GPTConfig(**checkpoint["model_config"])
-    if block_size and config.pos == "learned" and block_size != config.block_size:
-        sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens, and for no other")
-    config.block_size = block_size or config.block_size
-    model = GPT(config).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint
+def learning_rate(progress, args):
+    """The learning rate after `progress` (0 to 1) of the run, as a share of its peak."""
+    if progress < args.warmup:
+        return progress / args.warmup
+    if args.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (progress - args.warmup) / (1 - args.warmup)))
+    return min(1.0, (1 - progress) / max(args.cooldown, 1e-9))

@@ -1,25 +1,23 @@
 """Train a model on a prepared dataset.
 
+    python train.py                                       the built-in world of stories, in minutes
     python train.py --dataset=tinystories --size=3M --max_minutes=60
     python train.py --n_layer=8 --n_embd=512
-    python train.py --dataset=a:0.3,b:0.7                a mix of datasets that share a tokenizer
-    torchrun --nproc_per_node=2 train.py                 several GPUs or processes
-    python train.py … --resume                           the same command goes on where it was stopped
+    python train.py --dataset=a:0.3,b:0.7                 a mix of datasets that share a tokenizer
+    torchrun --nproc_per_node=2 train.py                  several GPUs or processes
+    python train.py … --resume                            continue a run that was stopped
 
-Writes out/<run>/ckpt.pt and log.jsonl; ends with lines of `name: value`.
+Writes out/<run>/ckpt.pt and log.jsonl, and ends with a summary of `name: value` lines.
 """
-import ctypes
+import contextlib
 import functools
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -28,74 +26,86 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from eval import evaluate, skill_accuracy
-from model import GPT, SIZES, GPTConfig, load_checkpoint, pick_device
-from prepare import Parser, load_meta, load_tokenizer, load_tokens, start
-from report import write_whole
-from sample import tell
-from world import write as write_world
-
-try:
-    import resource
-except ImportError:  # Windows: the peak of memory is not told
-    resource = None
-
-# dense bfloat16 FLOP/s that the makers give for their cards, for the share that is reached (MFU)
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-         "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+from common import (Clock, CommandLine, check_resumable, keep_freed_memory, load_checkpoint, peak_flops, peak_memory,
+                    run_main, save_checkpoint, start_processes, stop_signals, trim_log)
+from eval import evaluate_mix, skill_accuracy
+from model import GPT, POSITIONS, SIZES, GPTConfig, learning_rate, make_optimizers
+from prepare import load_meta, load_tokenizer, load_tokens
+from sample import write_stories
 
 
 def command_line():
-    parser = Parser(__doc__.split("\n")[0])
+    parser = CommandLine(__doc__.split("\n")[0])
     parser.option("dataset", "world", "folder under data/, or a mix: name:weight,name:weight")
-    parser.option("out_dir", "", "where the run is written (default: out/<dataset>-<layers>x<width>)")
-    parser.option("size", "", "a shape of the paper: " + ", ".join(SIZES), choices=["", *SIZES])
-    parser.option("n_layer", None, "layers (default: of --size, else 4)", type=int)
-    parser.option("n_embd", None, "width (default: of --size, else 128)", type=int)
-    parser.option("n_head", None, "attention heads (default: of --size, else of 64 channels or more)", type=int)
-    parser.option("block_size", 256, "tokens of context")
-    parser.option("pos", "rope", "how positions are told apart", choices=("rope", "alibi", "learned", "none"))
-    parser.option("smear", True, "each embedding takes in the one before; False: the plain transformer")
-    parser.option("embed_std", 0.1, "spread of new embeddings; 1 keeps tokens apart that are used alike, as + and -")
-    parser.option("optimizer", "muon", "muon for the blocks' matrices with adamw for the rest, or adamw alone",
+    parser.option("out_dir", "", "the run's folder (default: out/<dataset>-<layers>x<width>)")
+    parser.option("size", "", "a shape of the paper", choices=("", *SIZES))
+    parser.option("n_layer", None, "layers (default: as --size says, else 4)", type=int, low=1)
+    parser.option("n_embd", None, "width (default: as --size says, else 128)", type=int, low=1)
+    parser.option("n_head", None, "attention heads (default: as --size says, else heads of 64 channels or more)",
+                  type=int, low=1)
+    parser.option("block_size", 256, "context in tokens", low=2)
+    parser.option("pos", "rope", "how positions are encoded", choices=POSITIONS)
+    parser.option("smear", True, "add a learned share of the previous embedding; False: the plain transformer")
+    parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps tokens apart that are used alike, "
+                  "such as + and -", low=0.001)
+    parser.option("optimizer", "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw for all",
                   choices=("muon", "adamw"))
-    parser.option("lr", None, "highest learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float)
-    parser.option("weight_decay", 0.1, "of the blocks' matrices")
-    parser.option("schedule", "wsd", "cosine, or wsd: constant, then linear to zero over --cooldown",
+    parser.option("lr", None, "peak learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float, low=0)
+    parser.option("weight_decay", 0.1, "of the matrices of the blocks", low=0)
+    parser.option("schedule", "wsd", "cosine, or wsd: warm-up, stable, then linear decay to zero",
                   choices=("cosine", "wsd"))
-    parser.option("warmup", 0.02, "share of the run in which the learning rate rises")
-    parser.option("cooldown", 0.6, "share of the run in which wsd lowers it; 0: never")
-    parser.option("clip", 1.0, "largest norm of the gradient (0: no limit)")
-    parser.option("batch_tokens", 4096, "tokens a step, over all processes")
-    parser.option("batch_size", 32, "rows that go through the model at once, at most; the rest of a step follows")
-    parser.option("max_steps", 0, "length of the run, in steps")
-    parser.option("max_tokens", 0, "… in tokens (default: 5,000,000)")
-    parser.option("max_flops", 0.0, "… in floating-point operations, by the estimate of model.py")
-    parser.option("max_minutes", 0.0, "… in minutes, counted from the end of the first step, which compiles")
-    parser.option("evals", 10, "evaluations with a sample and a checkpoint, evenly over the run, the last at its end")
-    parser.option("eval_stories", 500, "stories that those score (0: all); the one at the end scores the whole file")
-    parser.option("log_interval", 10, "steps between two lines of the log")
-    parser.option("keep", "", "log: also keep the weights of steps 1, 2, 4, 8, …", choices=("", "log"))
-    parser.option("init_from", "", "start from another run's weights")
-    parser.option("resume", False, "go on with this run")
+    parser.option("warmup", 0.02, "share of the run in which the learning rate rises", low=0, high=1)
+    parser.option("cooldown", 0.6, "share of the run in which wsd lowers it; 0 never does", low=0, high=1)
+    parser.option("clip", 1.0, "maximum norm of the gradient; 0 means no limit", low=0)
+    parser.option("batch_tokens", 4096, "total batch size in tokens, over all micro steps and processes", low=1)
+    parser.option("batch_size", 32, "maximum micro-batch size in rows; the rest is gradient accumulation", low=1)
+    parser.option("max_steps", 0, "length of the run in steps", low=0)
+    parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
+    parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them", low=0)
+    parser.option("max_minutes", 0.0, "length of the run in minutes, after the first step, which compiles", low=0)
+    parser.option("evals", 10, "evaluations, evenly spaced, with a sample and a checkpoint; the last at the end", low=0)
+    parser.option("eval_stories", 500, "stories scored by all evaluations but the last; 0 means all", low=0)
+    parser.option("log_interval", 10, "steps between two lines of the log", low=1)
+    parser.option("keep", "", "log: also keep the weights after 1, 2, 4, 8, … steps", choices=("", "log"))
+    parser.option("init_from", "", "start from the weights of another run")
+    parser.option("resume", False, "continue this run")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
-    parser.option("dtype", "auto", "auto, float32, bfloat16 or float16",
+    parser.option("dtype", "auto", "precision of the matrix products",
                   choices=("auto", "float32", "bfloat16", "float16"))
-    parser.option("compile", "auto", "auto, True or False", choices=("auto", "True", "False"))
-    parser.option("seed", 1, "of weights and data order")
+    parser.option("compile", "auto", "torch.compile the model; auto: if the run is long enough to gain from it",
+                  choices=("auto", "True", "False"))
+    parser.option("seed", 1, "of the weights and the data order", low=0)
     return parser
 
 
-# what may differ between a run and its continuation
-FREE = ("out_dir", "max_steps", "max_tokens", "max_flops", "max_minutes", "evals", "eval_stories", "log_interval",
-        "keep", "resume", "device", "dtype", "compile", "batch_size", "init_from", "embed_std", "size")
+def fill_defaults(args):
+    """Set the options that depend on others, and refuse those that contradict each other."""
+    for name, default in zip(("n_layer", "n_embd", "n_head"), SIZES.get(args.size, (4, 128, None))):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.n_head is None:
+        args.n_head = default_heads(args.n_embd)
+    if args.lr is None:
+        args.lr = {"muon": 0.02, "adamw": 0.002}[args.optimizer]
+    if args.schedule == "wsd" and args.warmup + args.cooldown > 1:
+        sys.exit("--warmup and --cooldown are shares of the run: lower them until they add up to 1 at most")
+    if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_flops, args.max_minutes)) > 1:
+        sys.exit("give only one of --max_steps, --max_tokens, --max_flops and --max_minutes")
+    return args
+
+
+def default_heads(n_embd):
+    """The largest number of heads that have at least 64 channels each, and an even number of them, as rope needs."""
+    fitting = [n for n in range(1, n_embd // 64 + 1) if n_embd % (2 * n) == 0]
+    return max(fitting, default=1)
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # data
 
 
 def parse_mix(text):
-    """{"a": 0.3, "b": 0.7} from "a:3,b:7": weights are made to sum to one."""
+    """{"a": 0.3, "b": 0.7} from "a:3,b:7": the weights are scaled to sum to one."""
     try:
         parts = [part.partition(":") for part in text.split(",")]
         weights = {name: float(weight or 1) for name, _, weight in parts}
@@ -103,454 +113,460 @@ def parse_mix(text):
             raise ValueError
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
     except (ValueError, ZeroDivisionError):
-        sys.exit(f"--dataset={text} is neither a name nor name:weight,name:weight")
+        sys.exit(f"--dataset={text} must be a name, or name:weight,name:weight")
 
 
-@functools.lru_cache(4)
-def block_order(blocks, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(blocks)
+@functools.lru_cache(32)
+def row_order(n_rows, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
 
 def read_rows(tokens, length, first, count, seed):
-    """Rows `first` to `first + count` of an endless walk over the blocks of `tokens`: (count, length + 1) int64.
+    """Rows `first` to `first + count` of an endless walk over `tokens`, (count, length + 1) int64.
 
-    Each epoch visits every block of `length` tokens once, in an order that follows from the seed and the epoch. A row
-    has one token more, the last target, with which the next block begins."""
-    blocks = (len(tokens) - 1) // length
+    An epoch visits each row of `length` tokens once, in an order that depends on the seed and the epoch alone, so that
+    a resumed run continues the walk exactly. A row has one token more: the target of its last one."""
+    n_rows = (len(tokens) - 1) // length
     rows = np.empty((count, length + 1), np.int64)
     for i in range(count):
-        epoch, place = divmod(first + i, blocks)
-        start = block_order(blocks, seed, epoch)[place] * length
+        epoch, place = divmod(first + i, n_rows)
+        start = row_order(n_rows, seed, epoch)[place] * length
         rows[i] = tokens[start:start + length + 1]
     return rows
 
 
-def make_world():
-    """Stories of the built-in world, written and prepared, where data/world has none: a fresh machine can train."""
-    stories = os.path.join("data", "world", "stories.jsonl")
-    if os.path.exists(os.path.join("data", "world", "meta.json")):
-        for source in load_meta("world")["source"]:
-            if os.path.exists(source["file"]) and os.path.getsize(source["file"]) != source["bytes"]:
-                sys.exit(f"{source['file']} is not what was prepared: python prepare.py --dataset=world")
+class TrainData:
+    """The train splits of a mix of datasets; `rows_read` counts the rows that were read of each."""
+
+    def __init__(self, args):
+        self.seed, self.length = args.seed, args.block_size
+        self.mix = parse_mix(args.dataset)
+        if "world" in self.mix:
+            from lab.world import ensure_prepared  # only here: the stages do without the laboratory
+            ensure_prepared()
+        self.metas = {name: load_meta(name) for name in self.mix}
+        self.first = next(iter(self.mix))
+        self.tokenizer = self.metas[self.first]["tokenizer"]["sha256"]
+        self.hashes = [meta["train"]["sha256"] for meta in self.metas.values()]
+        self.tokens = []  # of each dataset
+        for name, meta in self.metas.items():
+            tokens = load_tokens(name, "train")
+            if meta["tokenizer"]["sha256"] != self.tokenizer:
+                sys.exit(f"{self.first} and {name} have different tokenizers: "
+                         f"run python prepare.py --dataset={name} --tokenizer={self.first}")
+            if len(tokens) <= args.block_size:
+                sys.exit(f"{name} has {len(tokens)} train tokens, fewer than a row: lower --block_size or add stories")
+            self.tokens.append(tokens)
+        self.rows_read = [0] * len(self.tokens)
+        self.epoch_tokens = sum(map(len, self.tokens))
+
+    def batch(self, step, count):
+        """The rows of a step, (count, block_size + 1) int64: each comes from a dataset drawn by the mix's weights."""
+        weights = list(self.mix.values())
+        source = np.random.default_rng((self.seed, step)).choice(len(self.tokens), count, p=weights)
+        rows = np.empty((count, self.length + 1), np.int64)
+        for i, tokens in enumerate(self.tokens):
+            n = int((source == i).sum())
+            rows[source == i] = read_rows(tokens, self.length, self.rows_read[i], n, self.seed)
+            self.rows_read[i] += n
+        return torch.from_numpy(rows)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# a run
+
+
+class Run:
+    """Everything that belongs to a training run: data, model, optimizers, and how far it has come."""
+
+    def __init__(self, args):
+        self.args, self.data = args, TrainData(args)
+        self.rank, self.processes, self.device, self.dtype = start_processes(args.device, args.dtype)
+        self.micro_batch, self.micro_steps = plan_batch(args, self.processes)
+        self.step_tokens = self.micro_batch * self.micro_steps * self.processes * args.block_size
+        name = f"{'+'.join(self.data.mix)}-{args.n_layer}x{args.n_embd}"
+        self.out_dir = args.out_dir or os.path.join("out", name)
+        self.log_path = os.path.join(self.out_dir, "log.jsonl")
+        checkpoint = read_own_checkpoint(self)  # None if the run is new
+
+        torch.manual_seed(args.seed)
+        self.config = GPTConfig(self.data.metas[self.data.first]["vocab_size"], args.block_size, args.n_layer,
+                                args.n_head, args.n_embd, args.pos, args.smear)
+        self.model = GPT(self.config, args.embed_std).to(self.device)
+        self.forward = self.model  # later compiled, and shared among processes
+        self.optimizers = make_optimizers(self.model, args)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step, self.clock = 0, Clock(0.0)
+        if checkpoint:
+            restore(self, checkpoint)
+        elif args.init_from:
+            load_initial_weights(self)
+        self.first_step = self.step  # of this session
+        self.flops_per_token = self.model.flops_per_token()
+        tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000
+        self.max_steps = args.max_steps or math.ceil(tokens / self.step_tokens)
+
+    def progress(self):
+        """The share of the run that is done, from 0 to 1 or a little above."""
+        if self.args.max_minutes:
+            return self.clock.seconds() / (60 * self.args.max_minutes)
+        return self.step / self.max_steps
+
+    def evaluations_due(self, progress):
+        """How many evaluations should have been made by now."""
+        if self.args.max_minutes:
+            return int(progress * self.args.evals)
+        return self.step * self.args.evals // self.max_steps  # in whole numbers, which do not round
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def say(self, text):
+        """Print a line above the progress bar, once for all processes."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def log(self, **values):
+        """Add a line to log.jsonl."""
+        if self.rank == 0:
+            line = {"step": self.step, "tokens": self.step * self.step_tokens,
+                    "seconds": round(self.clock.seconds(), 3), "time": round(time.time(), 1), **values}
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def plan_batch(args, processes):
+    """(micro-batch size in rows, micro steps a step), so that all processes together make up --batch_tokens."""
+    rows = args.batch_tokens // args.block_size
+    micro_batch = min(args.batch_size, rows // processes)
+    if not micro_batch or rows % (micro_batch * processes):
+        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which "
+                 f"{processes} process(es) cannot share in micro batches of {micro_batch} rows: choose multiples")
+    return micro_batch, rows // (micro_batch * processes)
+
+
+def read_own_checkpoint(run):
+    """The checkpoint that --resume continues, checked against options and data; None for a new run."""
+    args, path = run.args, os.path.join(run.out_dir, "ckpt.pt")
+    if not args.resume:
+        if os.path.exists(path):
+            sys.exit(f"{run.out_dir} holds a run: add --resume to continue it, or name another with --out_dir=out/NAME")
+        return None
+    checkpoint = load_checkpoint(path)
+    check_resumable(checkpoint, args, run.out_dir)
+    if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
+        sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
+                 "run with another --out_dir")
+    return checkpoint
+
+
+def restore(run, checkpoint):
+    """Set model, optimizers, data and clock to where the checkpoint left them."""
+    run.model.load_state_dict(checkpoint["model"])
+    for optimizer, state in zip(run.optimizers, checkpoint["optimizers"]):
+        optimizer.load_state_dict(state)
+    if checkpoint["scaler"]:  # empty unless the run was in float16
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    run.step, run.data.rows_read = checkpoint["step"], checkpoint["used"]
+    run.clock = Clock(checkpoint["seconds"])
+
+
+def load_initial_weights(run):
+    """Start from the weights of --init_from, a run of the same shape and tokenizer."""
+    old, new_config = load_checkpoint(run.args.init_from), asdict(run.config)
+    different = [f"{name}={value}" for name, value in old["model_config"].items() if new_config[name] != value]
+    if old["tokenizer"] != run.data.tokenizer:
+        different.append("tokenizer")
+    if different:
+        sys.exit(f"--init_from={run.args.init_from} does not fit this run: it has another {', '.join(different)}")
+    run.model.load_state_dict(old["model"])
+
+
+def weights_of(run):
+    """What sample.py and eval.py need of a run."""
+    return {"model": run.model.state_dict(), "step": run.step, "model_config": asdict(run.config),
+            "args": vars(run.args), "datasets": list(run.data.mix), "tokenizer": run.data.tokenizer,
+            "instruct": any(meta["instruct"] for meta in run.data.metas.values())}
+
+
+def save_run(run):
+    """Save all that --resume needs."""
+    if run.rank == 0:
+        state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+                 "scaler": run.scaler.state_dict(), "seconds": run.clock.seconds(), "used": run.data.rows_read,
+                 "data_hashes": run.data.hashes}
+        save_checkpoint({**weights_of(run), **state}, os.path.join(run.out_dir, "ckpt.pt"))
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# before the first step
+
+
+def compile_model(run):
+    """Compile the forward pass if that pays off, and share it among processes.
+
+    Compiling takes about half a minute and makes a step up to twice as fast."""
+    args = run.args
+    if args.max_minutes:
+        is_long = args.max_minutes > 2
+    else:  # FLOPs that take some two minutes without compiling
+        is_long = run.max_steps * run.step_tokens * run.flops_per_token > (2e13 if run.device.type == "cpu" else 5e15)
+    run.compiled = args.compile == "True" or (args.compile == "auto" and is_long and run.device.type != "mps")
+    if run.compiled:
+        try:
+            run.forward = torch.compile(run.model)
+            idx = torch.zeros(run.micro_batch, args.block_size + 1, dtype=torch.int64, device=run.device)
+            with run.autocast():
+                loss = run.forward(idx[:, :-1], idx[:, 1:]).mean()
+            loss.backward()
+        except Exception as error:  # no compiler, an old GPU, …: the plain model trains as well
+            run.say(f"compiling fails here ({error.__class__.__name__}): going on without it, more slowly")
+            run.forward, run.compiled = run.model, False
+        run.model.zero_grad(set_to_none=True)  # that batch was not data
+    if run.processes > 1:
+        run.forward = DistributedDataParallel(run.forward)
+
+
+def open_run_folder(run):
+    """Create the run's folder with a copy of the tokenizer and the log, in which a resumed run continues."""
+    if run.rank == 0:
+        os.makedirs(run.out_dir, exist_ok=True)
+        shutil.copy(os.path.join("data", run.data.first, "tokenizer.tiktoken"), run.out_dir)
+        trim_log(run.log_path, run.step)
+
+
+def describe(run):
+    """Say what is trained, on how much, and where."""
+    args, model = run.args, run.model
+    length = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{run.max_steps:,} steps"
+    run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens an epoch; {length} of {run.step_tokens:,} tokens "
+            f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
+            "process(es))")
+    # in float32: weights, gradients and two averages of AdamW, or one of Muon
+    numbers = 4 * model.num_params()
+    if args.optimizer == "muon":
+        numbers -= model.num_params(embedding=False)
+    compiled = ", compiled" if run.compiled else ""
+    run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embedding and head; "
+            f"{run.flops_per_token / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
+            f"{4 * numbers / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def train(run, received):
+    """Train until the run is done or a signal was received, and save it."""
+    args = run.args
+    bar = progress_bar(run)
+    progress, stopping = agree(run, received)
+    while progress < 1 and not stopping:
+        set_learning_rate(run, progress)
+        evaluations = run.evaluations_due(progress)
+
+        # forward and backward: gradients accumulate over the micro steps
+        loss = torch.zeros((), device=run.device)
+        for rows, is_last in micro_batches(run):
+            # processes exchange gradients once a step, in the backward pass of the last micro step
+            with contextlib.nullcontext() if is_last or run.processes == 1 else run.forward.no_sync():
+                with run.autocast():
+                    micro_loss = run.forward(rows[:, :-1], rows[:, 1:]).mean() / run.micro_steps
+                run.scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()  # the mean over the whole step; reading it now would wait for a GPU
+
+        # step
+        grad_norm = update_weights(run)
+        run.step += 1
+        if run.step == run.first_step + 1:
+            run.clock.start()
+
+        # log
+        progress, stopping = agree(run, received)
+        evaluating = progress < 1 and run.evaluations_due(progress) > evaluations
+        logging = run.step % args.log_interval == 0 or evaluating or progress >= 1
+        if logging or stopping:
+            log_step(run, loss, grad_norm, bar, write=logging)
+        bar.update(progress * bar.total - bar.n)
+
+        # evaluate and save
+        if args.keep == "log" and run.step & (run.step - 1) == 0 and run.rank == 0:  # a power of two
+            save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
+        if evaluating:
+            evaluate_and_save(run)
+            progress, stopping = agree(run, received)  # an evaluation takes time
+    bar.close()
+    run.clock.stop()
+    save_run(run)
+
+
+def progress_bar(run):
+    """A bar in steps or, for --max_minutes, in seconds; shown by one process, and only on a terminal."""
+    total, unit = (60 * run.args.max_minutes, "s") if run.args.max_minutes else (run.max_steps, "step")
+    return tqdm(total=total, unit=unit, initial=run.progress() * total, disable=None if run.rank == 0 else True,
+                bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
+
+
+def agree(run, received):
+    """(progress, whether to stop) as the first process sees them: all processes must take the same steps."""
+    state = torch.tensor([run.progress(), float(bool(received))], dtype=torch.float64)
+    if run.processes > 1:
+        dist.broadcast(state, 0)
+    progress, stopping = state.tolist()
+    return progress, bool(stopping)
+
+
+def set_learning_rate(run, progress):
+    """Set the learning rate of the next step; by steps, that of its middle."""
+    if not run.args.max_minutes:
+        progress = (run.step + 0.5) / run.max_steps
+    lr = run.args.lr * learning_rate(progress, run.args)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def micro_batches(run):
+    """Yield this process's share of the next step's rows, (micro_batch, block_size + 1), and whether it is the last."""
+    rows = run.data.batch(run.step, run.micro_batch * run.micro_steps * run.processes)
+    rows = rows.view(run.micro_steps, run.processes, run.micro_batch, -1)[:, run.rank]
+    if run.device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(run.device, non_blocking=True)
+    for i in range(run.micro_steps):
+        yield rows[i], i == run.micro_steps - 1
+
+
+def update_weights(run):
+    """Clip the gradients and take a step with each optimizer. Returns the gradients' norm before clipping."""
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip or math.inf)
+    for optimizer in run.optimizers:
+        if not run.scaler.is_enabled() or grad_norm.isfinite():  # in float16 an overflow skips the step, for all
+            run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    return grad_norm
+
+
+def log_step(run, loss, grad_norm, bar, write):
+    """Check the loss of a step, show it and, if `write`, log it. Reading it waits for a GPU to finish the step."""
+    if run.processes > 1:
+        dist.all_reduce(loss)
+    train_loss = loss.item() / run.processes
+    # a gradient that is not finite has already corrupted the weights, even if this step's loss was still good
+    if not math.isfinite(train_loss) or not (run.scaler.is_enabled() or grad_norm.isfinite()):
+        sys.exit(f"the loss is nan at step {run.step}; the last checkpoint stays: try a lower --lr than "
+                 f"{run.args.lr:g}, a longer --warmup, or --dtype=float32")
+    run.train_loss = train_loss
+    run.speed = run.clock.tokens_per_second((run.step - run.first_step - 1) * run.step_tokens)
+    if write:
+        values = {"train_loss": train_loss, "lr": run.optimizers[0].param_groups[0]["lr"],
+                  "tokens_per_second": round(run.speed),
+                  "grad_norm": grad_norm.item() if grad_norm.isfinite() else None}
+        peak = peak_flops(run.device, run.dtype)
+        if peak:
+            values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
+        run.log(**values)
+    bar.set_postfix_str(f", loss {train_loss:.3f}, {run.speed:,.0f} tok/s", refresh=False)
+    if bar.disable and 1 < run.step - run.first_step < 3 * run.args.log_interval:  # at the start, where no bar is seen
+        run.say(f"step {run.step:,}: train loss {train_loss:.3f}, {time_left(run)}")
+
+
+def time_left(run):
+    minutes = run.clock.seconds() * (1 / max(1e-9, run.progress()) - 1) / 60
+    return f"{run.speed:,.0f} tokens/s, about {minutes:.1f} minutes left"
+
+
+def evaluate_and_save(run):
+    """Validate on the first stories, show a sample, and save a checkpoint."""
+    if run.rank > 0:
         return
-    if "RANK" in os.environ:
-        sys.exit("no dataset in data/world: run python world.py and python prepare.py before torchrun")
-    if not os.path.exists(stories):
-        print("data/world is empty: writing 50,000 stories of the built-in world (python world.py)")
-        write_world(50_000)
-    print("preparing data/world (python prepare.py --dataset=world)")
-    # a process of its own, whose workers, where they are spawned, then need not import this script and torch
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py")
-    with subprocess.Popen([sys.executable, script, "--dataset=world"]) as process:  # run() would kill it at Ctrl-C
-        if process.wait():
-            sys.exit("data/world could not be prepared")
+    started = time.perf_counter()
+    result = evaluate_mix(run.model, run.data.mix, run.args.eval_stories)
+    run.log(**result)
+    encoding = load_tokenizer(run.data.first)
+    ids, = write_stories(run.model, encoding, "", 300, [run.args.seed + run.step], temperature=0.8)
+    story = encoding.decode(ids).replace("\n", "\n  ")
+    run.say(f"step {run.step:,}: train loss {run.train_loss:.3f}, val_bpb {result['val_bpb']:.4f}, {time_left(run)}\n"
+            f"  {story}")
+    run.clock.evaluation_seconds += time.perf_counter() - started
+    save_run(run)
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# optimizer and schedule
+# after the last step
 
 
-def orthogonalised(x, dtype):
-    """About U V^T of each matrix U S V^T in x (B, M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
-
-    Newton-Schulz iteration of fifth degree; its coefficients, and the whole optimizer, are Jordan et al.'s (2024,
-    kellerjordan.github.io/posts/muon)."""
-    tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+def is_summarized(run):
+    """Whether the log of a finished run ends with the final scores, which an interruption may have prevented."""
+    with open(run.log_path, encoding="utf-8") as file:
+        return any("final" in json.loads(line) for line in file)
 
 
-class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum whose update of each matrix is made nearly orthogonal, so that rare directions move as
-    far as common ones. The same as torch.optim.Muon, which always multiplies in bfloat16: without hardware for that,
-    as in most laptops' CPUs, a step of 8 x 256 took 9 times as long as here, where `dtype` can be float32."""
-
-    def __init__(self, matrices, dtype, **settings):
-        super().__init__(matrices, settings)
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            together = {}  # on a GPU all matrices of one shape at once: one alone is too little work for it
-            for p in group["params"]:
-                if p.grad is not None:
-                    together.setdefault(p.shape if p.is_cuda else id(p), []).append(p)
-            for matrices in together.values():
-                updates = []
-                for p in matrices:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(mean, group["momentum"]))
-                for p, update in zip(matrices, orthogonalised(torch.stack(updates), self.dtype)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+def finish(run):
+    """Score all validation stories, print three stories and the summary, and log the scores."""
+    run.say(f"trained and saved in {run.out_dir}; scoring all validation stories")
+    result = evaluate_mix(run.model, run.data.mix)
+    for name in run.data.mix:
+        suffix = f"/{name}" if len(run.data.mix) > 1 else ""
+        for skill, share in skill_accuracy(run.model, name).items():
+            result[f"accuracy_{skill}{suffix}"] = share
+    encoding = load_tokenizer(run.data.first)
+    seeds = range(run.args.seed, run.args.seed + 3)
+    for i, ids in enumerate(write_stories(run.model, encoding, "", 500, seeds, temperature=0.8), 1):
+        print(f"\nStory {i}:\n{encoding.decode(ids)}")
+    print()
+    for name, value in {**result, **summarize(run)}.items():
+        text = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name + ': ':20}{text}")
+    run.log(**result, final=True)
 
 
-def make_optimizers(model, args):
-    """Muon for the matrices inside the blocks and AdamW for the tables, or AdamW for all.
-
-    Embeddings and head get no weight decay. Beside Muon their AdamW averages gradients over fewer steps and squares
-    over more than usual: most rows of a table have no gradient in most steps."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    tables = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("blocks.")]
-    if args.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": tables, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
-    products = torch.bfloat16 if pick_device(str(model.head.weight.device))[1] == torch.bfloat16 else torch.float32
-    return [Muon(matrices, products, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
-            torch.optim.AdamW(tables, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
-
-
-def learning_rate(progress, args):
-    """The factor on the highest learning rate after `progress` (0 to 1) of the run."""
-    if progress < args.warmup:
-        return progress / args.warmup
-    if args.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (progress - args.warmup) / (1 - args.warmup)))
-    return min(1.0, (1 - progress) / max(args.cooldown, 1e-9))
-
-
-def keep_large_blocks():
-    """Tell glibc to keep freed memory instead of handing it back and fetching it again each step: 1.2 times faster."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except OSError:
-        return  # not Linux
-    mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    mallopt(-2, 1 << 28)  # M_TOP_PAD
-
-
-def peak_memory(device):
-    """The most MB that this process has taken so far, on the GPU where it uses one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) >> 20
-    if not resource:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) >> 20
-
-
-def save(checkpoint, path):
-    """Write under a temporary name, flush, rename: whenever this is cut off, `path` holds a whole checkpoint."""
-    try:
-        with open(path + ".tmp", "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:  # torch turns a full disk into the latter
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        sys.exit(f"cannot write {path} ({e}); the last checkpoint stays: make room, then the same command and --resume")
-    os.replace(path + ".tmp", path)
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# the run
+def summarize(run):
+    """What the last lines say besides the scores."""
+    floor = run.data.metas[run.data.first]["val"].get("bits_per_byte")
+    summary = {}
+    if floor and len(run.data.mix) == 1:
+        summary["floor_bpb"] = floor  # of a world whose random choices are known
+    if run.step > run.first_step:  # else this session only scores what another one trained
+        summary["train_loss"] = run.train_loss
+        summary["first_step_seconds"] = f"{run.clock.first_step_seconds:.1f}"
+        summary["tokens_per_second"] = round(run.speed)
+    tokens = run.step * run.step_tokens
+    return {**summary, "steps": run.step, "tokens": tokens, "epochs": f"{tokens / run.data.epoch_tokens:.2f}",
+            "seconds": f"{run.clock.seconds():.1f}", "parameters": run.model.num_params(),
+            "peak_memory_mb": peak_memory(run.device), "out_dir": run.out_dir}
 
 
 def main(argv=None):
-    args = command_line().parse_args(argv)
-    shape = zip(("n_layer", "n_embd", "n_head"), SIZES.get(args.size, (4, 128, None)))
-    for name, value in (*shape, ("lr", {"muon": 0.02, "adamw": 0.002}[args.optimizer])):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.n_head is None:
-        heads = range(1, args.n_embd // 64 + 1)  # of an even number of channels each, as rope wants them
-        args.n_head = max((n for n in heads if args.n_embd % (2 * n) == 0), default=1)
-    least = dict(block_size=2, batch_size=1, log_interval=1, seed=0, max_steps=0, max_tokens=0, max_flops=0,
-                 max_minutes=0, evals=0, eval_stories=0, embed_std=0.001, batch_tokens=1, lr=0, weight_decay=0, clip=0,
-                 warmup=0, cooldown=0)
-    for name, value in least.items():
-        if not getattr(args, name) >= value:  # nor is nan
-            sys.exit(f"--{name}={getattr(args, name)} must be at least {value}")
-    if args.warmup + args.cooldown * (args.schedule == "wsd") > 1:
-        sys.exit("--warmup and --cooldown are shares of the run, together at most 1")
-    if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_flops, args.max_minutes)) > 1:
-        sys.exit("give only one of --max_steps, --max_tokens, --max_flops and --max_minutes: the schedule follows it")
-    mix = parse_mix(args.dataset)
-    if "world" in mix:
-        make_world()
-    first = next(iter(mix))
-    metas = {name: load_meta(name) for name in mix}
-    data = [load_tokens(name, "train") for name in mix]
-    tokenizer = metas[first]["tokenizer"]["sha256"]
-    for name, tokens in zip(mix, data):
-        if metas[name]["tokenizer"]["sha256"] != tokenizer:
-            sys.exit(f"{first} and {name} have different tokenizers: "
-                     f"python prepare.py --dataset={name} --tokenizer={first}")
-        if len(tokens) <= args.block_size:
-            sys.exit(f"{name} has {len(tokens)} train tokens, fewer than one block: lower --block_size or add stories")
-
-    # processes: one, or as many as torchrun started
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    master = rank == 0
-    if processes > 1 and args.device == "auto" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-        args.device = "cpu"  # not a GPU for each
-    if processes > 1 and args.device in ("auto", "cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device, dtype = pick_device(args.device, args.dtype)
-    if processes > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    say = tqdm.write if master else lambda *text: None
-
-    # a step: `rows` rows, in `accumulate` turns of `batch` rows on each process
-    rows = args.batch_tokens // args.block_size
-    batch = min(args.batch_size, rows // processes)
-    if not batch or rows % (batch * processes):
-        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which "
-                 f"{processes} process(es) cannot share in turns of --batch_size={batch}: choose multiples")
-    accumulate = rows // (batch * processes)
-    step_tokens = rows * args.block_size
-    epoch_tokens = sum(len(tokens) for tokens in data)
-
-    # the model, new or from a checkpoint
-    torch.manual_seed(args.seed)
-    config = GPTConfig(metas[first]["vocab_size"], args.block_size, args.n_layer, args.n_head,
-                       args.n_embd, args.pos, args.smear)
-    out_dir = args.out_dir or os.path.join("out", f"{'+'.join(mix)}-{args.n_layer}x{args.n_embd}")
-    path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
-    data_hashes = [meta["train"]["sha256"] for meta in metas.values()]
-    step, seconds, used = 0, 0.0, [0] * len(data)
-    checkpoint = None
-    if args.resume:
-        checkpoint = load_checkpoint(path)
-        for name, value in vars(args).items():
-            if name not in FREE and checkpoint["args"][name] != value:
-                sys.exit(f"{out_dir} was trained with --{name}={checkpoint['args'][name]}, not {value}: resume with "
-                         "that, or start a new run with another --out_dir")
-        if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (tokenizer, data_hashes):
-            sys.exit(f"data/{args.dataset} is not what {out_dir} was trained on: prepare it as it was, or start a new "
-                     "run with another --out_dir")
-    elif os.path.exists(path):
-        sys.exit(f"{out_dir} holds a run: add --resume to go on with it, or name another with --out_dir=out/NAME")
-    model = GPT(config, args.embed_std).to(device)
-    if args.init_from and not checkpoint:
-        old = load_checkpoint(args.init_from)
-        if old["model_config"] != asdict(config) or old["tokenizer"] != tokenizer:
-            differs = [f"{k}={v}" for k, v in old["model_config"].items() if asdict(config)[k] != v] or ["tokenizer"]
-            sys.exit(f"--init_from={args.init_from} does not fit this run; it has another {', '.join(differs)}")
-        model.load_state_dict(old["model"])
-    optimizers = make_optimizers(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        if checkpoint["scaler"]:  # empty unless the run was in float16
-            scaler.load_state_dict(checkpoint["scaler"])
-        step, seconds, used = (checkpoint[name] for name in ("step", "seconds", "used"))
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if device.type == "cpu":
-        keep_large_blocks()
-    flops = model.flops_per_token()
-    max_steps = args.max_steps or math.ceil((args.max_tokens or args.max_flops / flops or 5_000_000) / step_tokens)
-
-    def progress_now():
-        return seconds / (60 * args.max_minutes) if args.max_minutes else step / max_steps
-
-    if progress_now() >= 1:
-        return say(f"{out_dir} is finished (step {step:,}): give a longer run to go on, or python eval.py {out_dir}")
-
-    # compiling takes half a minute or so, and makes a step up to twice as fast
-    worth_it = 2e13 if device.type == "cpu" else 5e15  # FLOPs that take some two minutes without
-    long = args.max_minutes > 2 if args.max_minutes else max_steps * step_tokens * flops > worth_it
-    compiled = args.compile == "True" or args.compile == "auto" and long and device.type != "mps"
-    began, forward = time.perf_counter(), model
-    if compiled:
-        try:
-            forward = torch.compile(model)  # may advise TF32, in which val_bpb would not be eval.py's
-            idx = torch.zeros(batch, args.block_size + 1, dtype=torch.int64, device=device)
-            with autocast:
-                loss = forward(idx[:, :-1], idx[:, 1:]).mean()
-            loss.backward()
-        except Exception as e:  # no compiler, an old GPU, …: whatever it is, the plain model trains as well
-            say(f"compiling fails here ({e.__class__.__name__}): going on without it, more slowly")
-            forward, compiled = model, False
-        model.zero_grad(set_to_none=True)
-    compile_seconds = time.perf_counter() - began
-    if processes > 1:
-        forward = DistributedDataParallel(forward)
-
-    peak = next((peak for name, peak in PEAKS.items() if device.type == "cuda" and dtype != torch.float32 and
-                 re.search(rf"\b{name}\b(?!.*\b(Ti|Laptop|D|NVL|MIG)\b)", torch.cuda.get_device_name(device))), None)
-    # float32 weights and gradients, two averages of these in AdamW, one in Muon
-    memory = 16 * model.num_params() - 4 * (args.optimizer == "muon") * model.num_params(embedding=False)
-    budget = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{max_steps:,} steps"
-    say(f"{args.dataset}: {epoch_tokens:,} tokens an epoch; {budget} of {step_tokens:,} tokens "
-        f"({accumulate} x {batch} x {args.block_size} on {processes} process(es))")
-    say(f"{model.num_params():,} parameters, {model.num_params(False):,} without embedding and head; "
-        f"{flops / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
-        f"{memory / 2**20:.0f} MB; {device}, {str(dtype)[6:]}{', compiled' if compiled else ''}")
-
-    # files
-    log = None
-    if master:
-        os.makedirs(out_dir, exist_ok=True)
-        shutil.copy(os.path.join("data", first, "tokenizer.tiktoken"), out_dir)
-        lines = []
-        if args.resume and os.path.exists(log_path):
-            with open(log_path) as f:  # what was logged after the checkpoint will be done again
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_whole(log_path, "".join(lines))
-        log = open(log_path, "a", buffering=1)
-
-    def write_log(**values):
-        if master:
-            known = {"step": step, "tokens": step * step_tokens, "seconds": round(seconds, 3)}
-            log.write(json.dumps({**known, **values}) + "\n")
-
-    def weights():
-        return {"model": model.state_dict(), "step": step, "model_config": asdict(config), "args": vars(args),
-                "datasets": list(mix), "tokenizer": tokenizer}
-
-    def state():
-        return {**weights(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "scaler": scaler.state_dict(), "seconds": seconds, "used": used, "data_hashes": data_hashes}
-
-    def validate(max_stories=None):
-        """Scores on each dataset, and their mean by the weights of the mix."""
-        each = {name: evaluate(model, name, max_stories=max_stories) for name in mix}
-        result = {key: sum(mix[name] * each[name][key] for name in mix) for key in ("val_loss", "val_bpb")}
-        if len(mix) > 1:
-            result.update({f"val_bpb/{name}": each[name]["val_bpb"] for name in mix})
-        return result
-
-    stop = []
-
-    def clock():
-        """Progress, and whether to stop, as the first process sees them: all must take the same turns."""
-        now = torch.tensor([progress_now(), float(bool(stop))], dtype=torch.float64)
-        if processes > 1:
-            dist.broadcast(now, 0)
-        return now.tolist()
-
-    def ask_to_stop(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    encoding = load_tokenizer(first)
-    bar = tqdm(total=60 * args.max_minutes or max_steps, initial=seconds if args.max_minutes else step,
-               unit="s" if args.max_minutes else "step", disable=None if master else True,
-               bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
-    # started: when the run would have begun, had it never been stopped or compiled; aside: its seconds before this
-    # process, and of evaluations
-    aside, started, first_step = seconds, time.perf_counter() - seconds, step
-    progress, stopped = clock()
-    while progress < 1 and not stopped:
-        factor = learning_rate(progress if args.max_minutes else (step + 0.5) / max_steps, args)
-        for group in groups:
-            group["lr"] = args.lr * factor
-        # this step's rows, the same on every process, which then takes its own part
-        which = np.random.default_rng((args.seed, step)).choice(len(data), rows, p=list(mix.values()))
-        block = np.empty((rows, args.block_size + 1), np.int64)
-        for i, tokens in enumerate(data):
-            count = int((which == i).sum())
-            block[which == i] = read_rows(tokens, args.block_size, used[i], count, args.seed)
-            used[i] += count
-        block = torch.from_numpy(block).view(accumulate, processes, batch, -1)[:, rank]
-        if device.type == "cuda":
-            block = block.pin_memory().to(device, non_blocking=True)
-        else:
-            block = block.to(device)
-        total = torch.zeros((), device=device)
-        for turn in range(accumulate):
-            last = turn == accumulate - 1
-            with nullcontext() if last or processes == 1 else forward.no_sync():  # gradients meet at the last turn
-                with autocast:
-                    loss = forward(block[turn, :, :-1], block[turn, :, 1:]).mean() / accumulate
-                scaler.scale(loss).backward()
-            total += loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        for optimizer in optimizers:
-            if not scaler.is_enabled() or norm.isfinite():  # what overflows in one is skipped in all
-                scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        step += 1
-        if step == first_step + 1:  # the clock of a run starts when its first step has compiled
-            first_seconds = time.perf_counter() - started - seconds
-            started += first_seconds
-        seconds = time.perf_counter() - started
-
-        before = progress
-        progress, stopped = clock()
-        due = progress < 1 and int(progress * args.evals) > int(before * args.evals)
-        if step % args.log_interval == 0 or due or progress >= 1 or stopped:
-            if processes > 1:
-                dist.all_reduce(total)
-            # gradients that are not finite have spoiled the weights, for good, though the step's own loss was fine
-            train_loss = total.item() / processes if scaler.is_enabled() or norm.isfinite() else math.nan
-            seconds = time.perf_counter() - started  # a GPU has now done what it was given to do
-            if not math.isfinite(train_loss):
-                sys.exit(f"the loss is {train_loss} at step {step}; the last checkpoint stays: try a lower --lr than "
-                         f"{args.lr:g}, a longer --warmup, or --dtype=float32")
-            speed = (step - first_step - 1) * step_tokens / max(1e-9, seconds - aside)
-            if step % args.log_interval == 0 or due or progress >= 1:
-                mfu = {"mfu": round(speed * flops / peak / processes, 4)} if peak else {}
-                write_log(train_loss=train_loss, lr=groups[0]["lr"], tokens_per_second=round(speed), **mfu,
-                          grad_norm=norm.item() if norm.isfinite() else None)
-            bar.set_postfix_str(f", loss {train_loss:.3f}, {speed:,.0f} tok/s", refresh=False)
-            left = f"{speed:,.0f} tokens/s, about {seconds * (1 / max(1e-9, progress) - 1) / 60:.1f} minutes left"
-            if bar.disable and 1 < step - first_step < 3 * args.log_interval:
-                say(f"step {step:,}: train loss {train_loss:.3f}, {left}")
-        bar.update((seconds if args.max_minutes else step) - bar.n)
-        if master and args.keep == "log" and step & (step - 1) == 0:
-            save(weights(), os.path.join(out_dir, f"ckpt-{step:07d}.pt"))
-        if due:
-            if master:
-                result = validate(args.eval_stories)
-                write_log(**result)
-                ids, = tell(model, encoding, "", 300, [args.seed + step], temperature=0.8)
-                say(f"step {step:,}: train loss {train_loss:.3f}, val_bpb {result['val_bpb']:.4f}, {left}\n  "
-                    + encoding.decode(ids).replace("\n", "\n  "))
-                aside += time.perf_counter() - started - seconds
-                seconds = time.perf_counter() - started
-                save(state(), path)
-            progress, stopped = clock()  # an evaluation takes time, and the others wait for it here
-    bar.close()
-    if master:
-        save(state(), path)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if processes > 1:
+    run = Run(fill_defaults(command_line().parse_args(argv)))
+    received = []
+    if run.progress() < 1:
+        if run.device.type == "cpu":
+            keep_freed_memory()
+        compile_model(run)
+        open_run_folder(run)
+        describe(run)
+        with stop_signals() as received:
+            train(run, received)
+    elif is_summarized(run):
+        run.say(f"{run.out_dir} is finished (step {run.step:,}): give a longer run to continue it, or grade it with "
+                f"python eval.py {run.out_dir}")
+        return
+    if run.processes > 1:
         dist.destroy_process_group()
-
-    if master:
-        if progress < 1:
-            say(f"stopped at step {step:,} and saved in {out_dir}: the same command with --resume goes on")
-        else:
-            say(f"trained and saved in {out_dir}; scoring all validation stories")
-            result = validate()
-            for name in mix:
-                for skill, share in skill_accuracy(model, name).items():
-                    result[f"accuracy_{skill}" + (f"/{name}" if len(mix) > 1 else "")] = share
-            write_log(**result)
-            floor = metas[first]["val"].get("bits_per_byte")
-            if floor and len(mix) == 1:
-                result["floor_bpb"] = floor  # of a world whose choices are known
-            summary = {**{key: f"{value:.4f}" for key, value in result.items()}, "train_loss": f"{train_loss:.4f}",
-                       "steps": step, "tokens": step * step_tokens,
-                       "epochs": f"{step * step_tokens / epoch_tokens:.2f}",
-                       "seconds": f"{seconds:.1f}", "first_step_seconds": f"{first_seconds + compile_seconds:.1f}",
-                       "tokens_per_second": round(speed), "parameters": model.num_params(),
-                       "peak_memory_mb": peak_memory(device), "out_dir": out_dir}
-            seeds = range(args.seed, args.seed + 3)
-            for i, ids in enumerate(tell(model, encoding, "", 500, seeds, temperature=0.8), 1):
-                print(f"\nStory {i}:\n{encoding.decode(ids)}")
-            print("\n" + "\n".join(f"{key + ': ':20}{value}" for key, value in summary.items()))
-    if signal.SIGINT in stop:
+    if run.rank == 0 and run.progress() < 1:
+        run.say(f"stopped at step {run.step:,} and saved in {run.out_dir}: the same command with --resume continues")
+    elif run.rank == 0:
+        try:
+            finish(run)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{run.out_dir} is trained and saved: the same command with --resume scores it")
+    if signal.SIGINT in received:
         raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    start(main)
+    run_main(main)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import eval
-import interpret
 import sample
 import train
+from lab import interpret
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 

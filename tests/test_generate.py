@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 import generate
 
@@ -167,13 +169,18 @@ def test_the_prompt_asks_for_words_features_level_and_summary():
     assert "verb" not in naive and not any(wish in naive for wish in generate.FEATURES.values())
 
 
+def test_words_are_inflected_where_openai_is_not_installed():
+    code = "import sys; sys.modules['openai'] = None; import generate; print(generate.add_ending('stop', 'ed'))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=SCRIPT.parent, text=True) == "stopped\n"
+
+
 def test_a_dry_run_needs_no_key_asks_nothing_and_writes_nothing(monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY")
     with Server() as server:
         run(server, "--dry_run", "--n=20", "--price_in=1", "--price_out=1000")
     out = capsys.readouterr().out
     assert out.count("Write a short story") == 3
-    assert "one story in 7 of 140 triples of words" in out
+    assert "20 of 140 triples of words" in out
     assert "7,000 out: $7.00" in out                                    # the prompts cost a fifth of a cent
     assert not server.requests and not os.path.exists("data")
 
@@ -193,7 +200,30 @@ def test_a_dry_run_needs_no_key_asks_nothing_and_writes_nothing(monkeypatch, cap
     (["eat", "dog", "red", "stop", "tree"], "The red dog ate, then stopped.", ["tree"]),    # more than we ask for
 ])
 def test_inflections_count_as_the_word_and_lookalikes_do_not(words, story, absent):
-    assert generate.missing(words, story) == absent
+    assert generate.missing_words(words, story) == absent
+
+
+@pytest.mark.parametrize("word, ending, form", [
+    ("stop", "ed", "stopped"), ("bake", "ing", "baking"), ("see", "ing", "seeing"), ("lie", "ing", "lying"),
+    ("cry", "s", "cries"), ("cry", "ing", "crying"), ("play", "ed", "played"), ("box", "s", "boxes"),
+    ("big", "er", "bigger"), ("nice", "est", "nicest"), ("happy", "ly", "happily"), ("gentle", "ly", "gently"),
+    ("full", "ly", "fully"), ("careful", "ly", "carefully"), ("forget", "ing", "forgetting"), ("rain", "y", "rainy")])
+def test_endings_are_spelled_by_the_rules(word, ending, form):
+    assert generate.add_ending(word, ending) == form
+
+
+@pytest.mark.parametrize("word, forms", [
+    ("travel", "travels traveled travelled traveling travelling"), ("go", "goes went gone going"),
+    ("child", "children"), ("calf", "calves"), ("woman", "women"), ("potato", "potatoes"), ("quiz", "quizzes quizzing"),
+    ("stomach", "stomachs"), ("shy", "shyer shyly"), ("true", "truly truest"), ("age", "aging ageing aged"),
+    ("sheep", "sheep"), ("run", "ran runs running"), ("good", "better best")])
+def test_irregular_and_british_forms_are_inflections(word, forms):
+    assert set(forms.split()) <= generate.inflections(word)
+
+
+def test_other_words_are_no_inflections():
+    for word, other in (("hop", "hoping"), ("plan", "planes"), ("cap", "capes"), ("bite", "bits"), ("fly", "fling")):
+        assert other not in generate.inflections(word)
 
 
 @pytest.mark.parametrize("text", [
@@ -206,7 +236,7 @@ def test_inflections_count_as_the_word_and_lookalikes_do_not(words, story, absen
     "A cat sat.\r\n\r\nIt slept.\r\n\r\nSummary: It slept.\r\n",
 ])
 def test_story_and_summary_are_found_in_what_models_put_around_them(text):
-    assert generate.parse(text) == ("A cat sat.\n\nIt slept.", "It slept.")
+    assert generate.split_answer(text) == ("A cat sat.\n\nIt slept.", "It slept.")
 
 
 def test_a_run_writes_one_whole_record_a_story(capsys):
@@ -274,9 +304,13 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
     assert f"({2 * len(given_up)} too short;" in capsys.readouterr().out
 
 
-def test_the_limit_of_an_answer_has_the_name_that_the_server_knows():
-    assert generate.connect("https://api.openai.com/v1")[1] == "max_completion_tokens"
-    assert generate.connect("http://localhost:8000/v1")[1] == "max_tokens"
+@pytest.mark.parametrize("url, limit", [("https://api.openai.com/v1", "max_completion_tokens"),
+                                        ("http://localhost:8000/v1", "max_tokens")])
+def test_the_limit_of_an_answer_has_the_name_that_the_server_knows(url, limit):
+    args = SimpleNamespace(model="writer", base_url=url, concurrency=1, timeout=1, max_retries=0)
+    asking = generate.Asking(args, 1000)
+    asking.run(generate.connect(args), [], None, tqdm(disable=True))
+    assert asking.request == {"model": "writer", limit: 1000}
 
 
 def test_half_a_surrogate_pair_does_not_lose_the_answer():
@@ -321,7 +355,7 @@ def test_what_waiting_cannot_mend_stops_the_run_at_once(status, message, capsys)
     with Server(lambda prompt, times: fault(status, message) if len(server.requests) > 10 else None) as server:
         line = refused(server, "--n=100", "--concurrency=3")
     assert len(server.requests) <= 13 and len(lines()) == 10
-    assert message.split(":")[0] in line and "90 stories are missing: the same command goes on" in line
+    assert message.split(":")[0] in line and "90 stories are missing: run the same command again" in line
     assert KEY not in "".join(capsys.readouterr())
 
 
@@ -349,7 +383,7 @@ def test_a_server_that_is_not_there():
 
 
 @pytest.mark.parametrize("options, error", [
-    ("--base_url=localhost:1", "must begin with http"), ("--n=0", "must be above 0"),
+    ("--base_url=localhost:1", "must begin with http"), ("--n=0", "must be at least 1"),
     ("--max_cost=1", "needs the prices"), ("--model=", "which model"),
     ("--tempreture=1", "did you mean --temperature"), ("--words=none.json", "No such file"),
     ("--n=141", "only 140 triples"), ("--words=data.txt", "only 0 triples")])
@@ -364,9 +398,9 @@ def test_a_wrong_command_line_is_one_line(options, error, capsys):
 def test_a_missing_or_broken_key_is_one_line(monkeypatch):
     with Server() as server:
         monkeypatch.setenv("OPENAI_API_KEY", f"“{KEY}”")
-        assert "characters that no key has" in refused(server)
+        assert "not set to a key" in refused(server)
         monkeypatch.delenv("OPENAI_API_KEY")
-        assert "python world.py" in refused(server)
+        assert "python -m lab.world" in refused(server)
     assert not server.requests
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -412,6 +446,17 @@ def test_a_half_written_last_line_is_repaired(name):
             assert len(server.requests) == 6 + (cut == 40 and name == "stories")
         path.write_bytes(b'{"index": \n' + whole)
         assert "line 1 is not JSON" in refused(server)
+
+
+def test_reading_changes_no_file_and_opening_to_append_repairs_it():
+    path = pathlib.Path("lines.jsonl")
+    for text, n_lines in (b'{"a": 1}\n{"a"', 1), (b'{"a": 1}\n{"a": 2}', 2), (b"", 0):
+        path.write_bytes(text)
+        assert list(generate.read_lines("lines.jsonl")) == [{"a": 1}, {"a": 2}][:n_lines]
+        assert path.read_bytes() == text
+        generate.open_to_append("lines.jsonl").close()
+        assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'[:9 * n_lines]
+    assert list(generate.read_lines("none.jsonl")) == [] and not os.path.exists("none.jsonl")
 
 
 def test_a_setting_that_brought_nothing_yet_may_be_mended():
@@ -474,7 +519,7 @@ def test_ctrl_c_waits_for_the_answers_under_way_and_a_second_one_does_not(times)
     kept = 5 if times == 1 else 0
     assert process.returncode == -signal.SIGINT and "Traceback" not in err  # with which a shell's loop ends
     assert len(server.requests) == 5 and len(lines()) == kept
-    assert "stopped by Ctrl-C" in err and f"{100 - kept} stories are missing: the same command goes on" in err
+    assert "stopped by Ctrl-C" in err and f"{100 - kept} stories are missing: run the same command again" in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
@@ -504,11 +549,13 @@ def prompt_of(record):
 
 
 def test_a_bug_does_not_lose_the_answers_under_way(monkeypatch):
-    def parse(text, answers=iter(range(99))):
+    answers = itertools.count()
+
+    def split_answer(text):
         if next(answers) == 2:
             raise RuntimeError("a bug")
         return "A cat sat. " * 20 + text, ""
-    monkeypatch.setattr(generate, "parse", parse)
+    monkeypatch.setattr(generate, "split_answer", split_answer)
     with Server(lambda prompt, times: time.sleep(0.02 * len(server.requests))) as server:
         with pytest.raises(RuntimeError):
             run(server, "--n=40", "--concurrency=8")
@@ -533,7 +580,7 @@ def test_a_model_that_only_fails_is_not_paid_all_night():
     with Server(lambda prompt, times: answer("No.")) as server:
         assert "the last 100 answers were all rejected" in refused(server, "--n=140", "--concurrency=4")
         assert len(server.requests) < 100 + 4
-        assert "not one story was good" in refused(server, "--n=2", "--name=other")
+        assert "no story was good" in refused(server, "--n=2", "--name=other")
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])

@@ -15,10 +15,15 @@ import pytest
 import torch
 
 import train
-from conftest import make_stories, write_jsonl
-from model import GPT, GPTConfig, load_checkpoint, load_model
+import common
+import model as model_file
+from common import load_checkpoint
+from conftest import error_of, make_stories, write_jsonl
+from lab import world
+from model import GPT, GPTConfig
 from prepare import load_meta
 from prepare import main as prepare
+from sample import load_run
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset=tiny", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_tokens=256",
@@ -40,7 +45,7 @@ def run(out, *options):
 def read_log(out):
     """The log's lines, without what depends on the clock."""
     with open(f"out/{out}/log.jsonl") as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second")} for line in f]
+        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second", "time")} for line in f]
 
 
 def same(a, b):
@@ -94,7 +99,7 @@ def test_every_weight_has_one_optimizer_and_tables_do_not_decay(optimizer):
     model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, pos="learned"))
     model.blocks[0].gain = torch.nn.Parameter(torch.ones(16))  # as a fork might add
     args = train.command_line().parse_args([f"--optimizer={optimizer}", "--lr=0.01"])
-    groups = [group for o in train.make_optimizers(model, args) for group in o.param_groups]
+    groups = [group for o in model_file.make_optimizers(model, args) for group in o.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
@@ -110,7 +115,7 @@ def test_muon_takes_torchs_steps_in_any_precision(dtype, device):
     begun = [p.detach().clone() for p in ours]
     theirs = [torch.nn.Parameter(p.clone()) for p in begun]
     settings = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
-    optimizers = train.Muon(ours, dtype, **settings), torch.optim.Muon(theirs, **settings)
+    optimizers = model_file.Muon(ours, dtype, **settings), torch.optim.Muon(theirs, **settings)
     for _ in range(5):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a)
@@ -120,18 +125,18 @@ def test_muon_takes_torchs_steps_in_any_precision(dtype, device):
     for a, b, c in zip(ours, theirs, begun):
         assert (a - b).norm() < 0.02 * (b - c).norm()  # of the way that five steps went
     three = torch.randn(3, 16, 48) * torch.tensor([0.01, 1, 100])[:, None, None]
-    exact = train.orthogonalised(three, torch.float32)
+    exact = model_file.orthogonalize(three, torch.float32)
     assert torch.linalg.svdvals(exact).sub(0.95).abs().max() < 0.3
-    torch.testing.assert_close(exact, torch.cat([train.orthogonalised(x[None], torch.float32) for x in three]))
+    torch.testing.assert_close(exact, torch.cat([model_file.orthogonalize(x[None], torch.float32) for x in three]))
 
 
 def test_schedules_rise_and_fall():
     args = train.command_line().parse_args(["--warmup=0.1", "--cooldown=0.5"])
     for args.schedule, expected in (("wsd", [0, 0.5, 1, 1, 0.5, 0]), ("cosine", [0, 0.5, 1, 0.5868, 0.1786, 0])):
-        found = [train.learning_rate(p, args) for p in (0, 0.05, 0.1, 0.5, 0.75, 1)]
+        found = [model_file.learning_rate(p, args) for p in (0, 0.05, 0.1, 0.5, 0.75, 1)]
         assert found == pytest.approx(expected, abs=1e-4)
     args = train.command_line().parse_args(["--cooldown=0"])
-    assert train.learning_rate(0.5, args) == train.learning_rate(0.999, args) == 1
+    assert model_file.learning_rate(0.5, args) == model_file.learning_rate(0.999, args) == 1
 
 
 def test_the_logged_loss_is_the_mean_over_the_whole_step(in_prepared):
@@ -142,7 +147,7 @@ def test_the_logged_loss_is_the_mean_over_the_whole_step(in_prepared):
     assert whole[0]["train_loss"] == pytest.approx(math.log(load_meta("tiny")["vocab_size"]), abs=1e-4)
     for a, b in zip(whole, turns):
         assert a == pytest.approx(b, rel=1e-4)
-    factors = [train.learning_rate((step + 0.5) / 3, train.command_line().parse_args([])) for step in range(3)]
+    factors = [model_file.learning_rate((step + 0.5) / 3, train.command_line().parse_args([])) for step in range(3)]
     assert [line["lr"] for line in whole if "lr" in line] == pytest.approx([0.002 * f for f in factors])
     assert factors[0] == 1 > factors[1] > factors[2]
 
@@ -196,16 +201,16 @@ def test_a_signal_saves_and_a_shell_loop_ends_with_ctrl_c(in_prepared, number):
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == (-number if number == signal.SIGINT else 0) and stderr == ""
-    assert f"saved in {out}: the same command with --resume goes on" in stdout
+    assert f"saved in {out}: the same command with --resume" in stdout
     assert load_checkpoint(out)["step"] >= 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
-    train.save({"step": 1, "model_config": {}}, str(tmp_path / "ckpt.pt"))
+    common.save_checkpoint({"step": 1, "model_config": {}}, str(tmp_path / "ckpt.pt"))
     os.symlink("/dev/full", tmp_path / "ckpt.pt.tmp")
     with pytest.raises(SystemExit, match="cannot write .*the last checkpoint stays: make room"):
-        train.save({"step": 2, "weights": torch.zeros(10**6)}, str(tmp_path / "ckpt.pt"))
+        common.save_checkpoint({"step": 2, "weights": torch.zeros(10**6)}, str(tmp_path / "ckpt.pt"))
     assert load_checkpoint(str(tmp_path))["step"] == 1 and not os.path.lexists(tmp_path / "ckpt.pt.tmp")
 
 
@@ -235,30 +240,63 @@ def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
     (["--resume", "--n_embd=64"], "was trained with --n_embd=32, not 64"),
     (["--resume", "--dataset=other"], "was trained with --dataset=tiny, not other"),
     (["--resume", "--lr=0.1"], "was trained with --lr=0.02, not 0.1"),
-    ([], "holds a run: add --resume .* or name another"),
-    (["--out_dir=out/new", "--init_from=out/base", "--n_embd=64"], "it has another n_embd=32"),
+    ([], "holds a run: add --resume"),
+    (["--out_dir=out/new", "--init_from=out/base", "--n_embd=64"], "another n_embd=32"),
     (["--out_dir=out/new", "--resume"], "no checkpoint out/new/ckpt.pt"),
     (["--out_dir=out/new", "--max_steps=3", "--max_minutes=1"], "give only one of"),
     (["--out_dir=out/new", "--embed_std=0"], "--embed_std=0.0 must be at least 0.001"),
     (["--out_dir=out/new", "--clip=-1"], "--clip=-1.0 must be at least 0"),
-    (["--out_dir=out/new", "--warmup=0.6"], "--warmup and --cooldown are shares of the run, together at most 1"),
+    (["--out_dir=out/new", "--warmup=0.6"], "--warmup and --cooldown"),
     (["--out_dir=out/new", "--eval_stories=-1"], "--eval_stories=-1 must be at least 0"),
-    (["--out_dir=out/new", "--dataset=tiny:nan"], "neither a name nor name:weight"),
+    (["--out_dir=out/new", "--dataset=tiny:nan"], "must be a name, or name:weight"),
     (["--out_dir=out/new", "--log_interval=0"], "--log_interval=0 must be at least 1"),
     (["--out_dir=out/new", "--batch_tokens=16"], "--batch_tokens=16 is 0 rows"),
-    (["--out_dir=out/new", "--block_size=100000"], "fewer than one block"),
+    (["--out_dir=out/new", "--batch_token=16"], "did you mean --batch_tokens"),
+    (["--out_dir=out/new", "--block_size=100000"], "fewer than a row"),
     (["--out_dir=out/new", "--dataset=nothing"], "no dataset in data/nothing: run python prepare.py"),
     (["--out_dir=out/new", "--dataset=tiny,foreign"], "different tokenizers: .*--dataset=foreign --tokenizer=tiny"),
 ])
-def test_what_does_not_fit_is_refused_by_name(in_prepared, options, expected):
+def test_what_does_not_fit_is_refused_by_name(in_prepared, capsys, options, expected):
     if not os.path.exists("out/base"):
         run("base", "--max_steps=2")
         for name, vocabulary in (("other", 512), ("foreign", 300)):
             write_jsonl(in_prepared / f"data/{name}/s.jsonl", make_stories(200, seed=7))
             prepare([f"--dataset={name}", "--val_fraction=0.1", *(["--tokenizer=tiny"] if vocabulary == 512 else
                                                                 [f"--vocab_size={vocabulary}"])])
-    with pytest.raises(SystemExit, match=expected):
-        run("base", "--max_steps=4", *options) if "--max_minutes=1" not in options else run("base", *options)
+    length = [] if "--max_minutes=1" in options else ["--max_steps=4"]
+    line = error_of(train.main, [*TINY, "--out_dir=out/base", *length, *options], capsys)
+    assert re.search(expected, line), line
+
+
+def test_an_option_added_since_does_not_hinder_resuming(in_prepared):
+    """A fork adds options to train.py; checkpoints of before do not know them."""
+    run("older", "--max_steps=2")
+    checkpoint = load_checkpoint("out/older")
+    del checkpoint["args"]["cooldown"]
+    common.save_checkpoint(checkpoint, "out/older/ckpt.pt")
+    run("older", "--max_steps=4", "--resume")
+    assert load_checkpoint("out/older")["step"] == 4
+
+
+def test_a_run_interrupted_while_it_was_scored_is_scored_when_resumed(in_prepared, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "skill_accuracy", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            run("unscored", "--max_steps=3")
+    capsys.readouterr()
+    run("unscored", "--max_steps=3", "--resume")
+    assert "\nval_bpb: " in capsys.readouterr().out
+    run("unscored", "--max_steps=3", "--resume")
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_as_many_evaluations_are_made_as_were_asked_for(in_prepared, monkeypatch):
+    monkeypatch.setattr(train, "write_stories", lambda *args, **settings: [[0]] * len(args[4]))
+    monkeypatch.setattr(train, "evaluate_mix", lambda *args: {"val_loss": 1.0, "val_bpb": 1.0})
+    run("often", "--max_steps=100", "--evals=100")
+    assert [line["step"] for line in read_log("often") if "val_bpb" in line] == list(range(1, 101))
 
 
 # --- other starts -------------------------------------------------------------------------------------------------
@@ -350,7 +388,7 @@ def test_a_warm_run_goes_on_when_the_old_one_is_gone(in_prepared):
 def test_new_embeddings_are_spread_as_asked(in_prepared):
     for std in (0.1, 1):
         run(f"std{std}", "--max_steps=1", f"--embed_std={std}")
-        spread = load_model(f"out/std{std}")[0].embed.weight.std().item()
+        spread = load_run(f"out/std{std}")[0].embed.weight.std().item()
         assert spread == pytest.approx(std, rel=0.2)  # which one step has hardly changed
 
 
@@ -380,14 +418,14 @@ def test_log_spaced_checkpoints_are_kept(in_prepared):
     run("kept", "--max_steps=9", "--keep=log")
     names = sorted(name for name in os.listdir("out/kept") if name.startswith("ckpt-"))
     assert names == [f"ckpt-{step:07d}.pt" for step in (1, 2, 4, 8)]
-    assert load_model(f"out/kept/{names[2]}")[1]["step"] == 4
+    assert load_run(f"out/kept/{names[2]}")[1]["step"] == 4
 
 
 def test_a_budget_in_flops_gives_the_smaller_model_more_steps(in_prepared):
     for width in (16, 32):
         run(f"flops-{width}", "--max_flops=1e9", f"--n_embd={width}", "--n_head=1", "--evals=0")
     steps = [load_checkpoint(f"out/flops-{width}")["step"] for width in (16, 32)]
-    flops = [load_model(f"out/flops-{width}")[0].flops_per_token() for width in (16, 32)]
+    flops = [load_run(f"out/flops-{width}")[0].flops_per_token() for width in (16, 32)]
     assert steps[0] > steps[1]
     assert all((n - 1) * 256 * each < 1e9 <= n * 256 * each for n, each in zip(steps, flops))
 
@@ -403,7 +441,7 @@ def test_the_run_ends_with_a_summary_to_grep(in_prepared, capsys):
 
 def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
     """`python train.py` on a fresh machine: stories, bins, a model, its accuracy on each skill."""
-    monkeypatch.setattr(train, "write_world", lambda n, real=train.write_world: real(n // 250))
+    monkeypatch.setattr(world, "write", lambda n, real=world.write: real(n // 250))
     options = ["--max_steps=4", "--evals=0", "--n_layer=1", "--n_embd=32", "--compile=False", "--device=cpu"]
     train.main([*options, "--out_dir=out/first"])
     out = capsys.readouterr().out
@@ -413,6 +451,6 @@ def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
     assert all(0 <= float(summary[f"accuracy_{skill}"]) <= 1 for skill in ("grammar", "fact", "context", "reasoning"))
     train.main([*options, "--out_dir=out/second"])
     assert "writing" not in capsys.readouterr().out
-    train.write_world(10)
-    with pytest.raises(SystemExit, match="is not what was prepared: python prepare.py --dataset=world"):
+    world.write(10)
+    with pytest.raises(SystemExit, match="python prepare.py --dataset=world"):
         train.main([*options, "--out_dir=out/third"])

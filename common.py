@@ -1,0 +1,344 @@
+"""What the stages share: the command line, running a main, files, devices and processes, and runs on disk."""
+import argparse
+import contextlib
+import ctypes
+import difflib
+import errno
+import glob
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+
+# Options of train.py that do not change what a run learns. Runs that differ in these and the seed alone are
+# repetitions of one experiment.
+HOUSEKEEPING = ("out_dir", "resume", "evals", "eval_stories", "log_interval", "keep", "device", "compile",
+                "batch_size", "size")
+# Options that may differ between a run and its continuation.
+RESUMABLE = (*HOUSEKEEPING, "max_steps", "max_tokens", "max_flops", "max_minutes", "dtype", "init_from", "embed_std")
+
+# Dense bfloat16 FLOP/s by the makers' data sheets, for the share of them that a run reaches (MFU).
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser of `--name=value`, without abbreviations. A mistake ends in one line and exit code 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+        self.ranges = {}
+        self.switches = set()
+
+    def option(self, name, default, help, type=None, choices=None, low=None, high=None):
+        """Add `--name`, of its default's type; legal values lie between `low` and `high`, both included."""
+        if isinstance(default, bool):  # `--name` alone means True
+            type = parse_bool
+            self.switches.add(f"--{name}")
+        if default not in (None, "") and "default:" not in help:
+            help += f" (default: {default})"
+        self.ranges[name] = (low, high)
+        self.add_argument(f"--{name}", default=default, type=type or default.__class__, choices=choices,
+                          help=help.replace("%", "%%"), metavar=None if choices else name.upper())
+
+    def problem(self, name, value):
+        """One line that says what is wrong with a value of `--name`, or "" if nothing is."""
+        low, high = self.ranges[name]
+        # written with `not`, so that nan, for which every comparison is false, is refused
+        if low is not None and not value >= low:
+            return f"--{name}={value} must be at least {low}"
+        if high is not None and not value <= high:
+            return f"--{name}={value} must be at most {high}"
+        return ""
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        args = [arg + "=True" if arg in self.switches else arg for arg in args]
+        known, unknown = self.parse_known_intermixed_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else "try --help"
+            self.error(f"unknown option {unknown[0]}: {hint}")
+        for name in self.ranges:
+            value = getattr(known, name)
+            if value is not None and self.problem(name, value):
+                self.error(self.problem(name, value))
+        return known
+
+    def error(self, message):
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_bool(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
+    return text.lower() in ("true", "1")
+
+
+def run_main(main):
+    """Run a script's main(). Ctrl-C, a reader that goes away (`| head`) and a full disk end it without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a pipe shows progress line by line, and holds every character
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            print(interrupt, file=sys.stderr)
+        # end by the signal itself, so that a shell's loop over several commands ends too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit("the disk is full: free some space, then run the same command again")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# files
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Open a file for writing under a temporary name, and rename it to `path` once all of it is on the disk.
+
+    Whenever this is cut off, `path` holds either the whole old file or the whole new one."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def file_hash(path):
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def print_table(rows):
+    """Print rows of text, the first column to the left and the others to the right. A row may be a title alone."""
+    widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
+    for name, *cells in rows:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# devices. torch is imported where it is needed: it takes a second, and some scripts do without
+
+
+def pick_device(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype) to compute with: CUDA where there is a GPU, else the CPU; bfloat16 where it is fast,
+    float16 on older GPUs, else float32."""
+    import torch
+    if device == "auto" and torch.backends.mps.is_available():
+        print("taking the CPU: --device=mps uses Apple's GPU, on which nothing has been measured", file=sys.stderr)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device={device} cannot be used here ({str(error).splitlines()[0]}): try --device=cpu")
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8
+        fast = torch.bfloat16 if has_bfloat16 else torch.float16
+    elif device.type == "cpu" and cpu_has_fast_bfloat16():
+        fast = torch.bfloat16
+    else:
+        fast = torch.float32
+    if device.type == "cpu" and fast == torch.float32 and dtype not in ("auto", "float32"):
+        print(f"this CPU has no instructions for {dtype} and is slow at it: leave --dtype out", file=sys.stderr)
+    return device, fast if dtype == "auto" else getattr(torch, dtype)
+
+
+def cpu_has_fast_bfloat16():
+    """Whether bfloat16 matrix products are faster here than float32 ones. Without instructions for it, they are far
+    slower."""
+    import torch
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        tries = []
+        for _ in range(4):
+            started = time.perf_counter()
+            a @ a
+            tries.append(time.perf_counter() - started)
+        seconds[dtype] = min(tries)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that a GPU could reach in a 16-bit dtype; None where that is not known."""
+    import torch
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    for name, flops in PEAK_FLOPS.items():
+        # not the weaker cards that have the same name and a suffix
+        if re.search(rf"\b{name}\b(?!.*\b(Ti|Laptop|D|NVL|MIG)\b)", gpu):
+            return flops
+    return None
+
+
+def peak_memory(device):
+    """The peak memory of this process in MB: of the GPU if it uses one, else of the machine; 0 where not known."""
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) >> 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return peak * bytes_per_unit >> 20
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed memory for the next step. By default it returns the memory to the system and fetches it
+    again, which makes training on a CPU 1.2 times slower."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except OSError:
+        return  # not Linux
+    mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-2, 1 << 28)  # M_TOP_PAD
+
+
+def start_processes(device, dtype):
+    """(rank, number of processes, torch.device, torch.dtype) of this process: one of those that torchrun started, or a
+    single one."""
+    import torch
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and device == "auto" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        device = "cpu"  # there is not a GPU for each process
+    if processes > 1 and device in ("auto", "cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device, dtype = pick_device(device, dtype)
+    if processes > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, processes, device, dtype
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. A second one ends it."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# runs
+
+
+def newest_run():
+    """The folder under out/ whose run was written last, by the time in its log: a copied file has a new date."""
+    runs = [os.path.dirname(path) for path in glob.glob(os.path.join("out", "*", "ckpt.pt"))]
+    if not runs:
+        sys.exit("no trained model in out/: run python train.py first")
+    return max(runs, key=last_logged)
+
+
+def last_logged(run):
+    """When a run wrote its last line of log, in seconds since 1970; 0 where that is not known."""
+    try:
+        with open(os.path.join(run, "log.jsonl"), encoding="utf-8") as log:
+            return json.loads(log.readlines()[-1])["time"]
+    except (OSError, ValueError, LookupError):
+        return 0
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved, on the CPU, from a run's folder or a checkpoint file."""
+    import torch
+    path = path if path.endswith(".pt") else os.path.join(path, "ckpt.pt")
+    if not os.path.exists(path):
+        sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path)} first")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        sys.exit(f"{path} cannot be read ({error.__class__.__name__}): it is cut off or no checkpoint, so train again")
+    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
+        sys.exit(f"{path} is no checkpoint of train.py: run python train.py to write one")
+    return checkpoint
+
+
+class Clock:
+    """Seconds of training over all sessions of a run, without the first step of each, in which the model compiles."""
+
+    def __init__(self, seconds_before):
+        self.seconds_before = seconds_before
+        self.created = time.perf_counter()
+        self.started = None
+        self.evaluation_seconds = 0.0  # part of the training time, but left out of the speed
+
+    def start(self):
+        """Called when the first step of this session is done."""
+        self.started = time.perf_counter()
+        self.first_step_seconds = self.started - self.created
+
+    def seconds(self):
+        if self.started is None:
+            return self.seconds_before
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def stop(self):
+        """Called at the end of the session: what follows is no training."""
+        self.seconds_before, self.started = self.seconds(), None
+
+    def tokens_per_second(self, tokens):
+        """The speed of this session, which trained on so many tokens after its first step."""
+        return tokens / max(1e-9, self.seconds() - self.seconds_before - self.evaluation_seconds)
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint so that `path` always holds a whole one."""
+    import torch
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+        sys.exit(f"cannot write {path} ({error}); the last checkpoint stays: make room, then run the command again "
+                 "with --resume")
+
+
+def check_resumable(checkpoint, args, out_dir):
+    """Refuse to continue a run with other options than it was begun with."""
+    for name, value in vars(args).items():
+        before = checkpoint["args"].get(name, value)  # an older checkpoint lacks options that were added since
+        if name not in RESUMABLE and before != value:
+            sys.exit(f"{out_dir} was trained with --{name}={before}, not {value}: resume with that, or start a new run "
+                     "with another --out_dir")
+
+
+def trim_log(path, step):
+    """Create a run's log, or drop from it what was logged after `step`, where the run continues."""
+    lines = []
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with atomic_write(path) as file:
+        file.writelines(lines)

@@ -1,0 +1,49 @@
+"""Lesson 6: learned distance heads do what ALiBi builds in, so positions need not be learned.
+
+Four ways to encode positions, trained with a context of 128 tokens and read with 128, then with 256 tokens (learned
+positions cannot be read with 256). No smear, which would tell every model about the previous token.
+"""
+from lesson import command_line, grade, run, run_main, train
+
+EXPERIMENTS = {
+    "world": {"prefix": "pos", "only": "loss"},
+    "tinystories": {"prefix": "real-pos", "only": "loss,probes"},
+}
+
+
+def main(argv=None):
+    parser = command_line(__doc__)
+    parser.option("dataset", "world", "what to train on", choices=list(EXPERIMENTS))
+    args = parser.parse_args(argv)
+    experiment = EXPERIMENTS[args.dataset]
+    runs, longer, inspected = [], [], []
+    for seed in args.seeds:
+        for pos in ("rope", "alibi", "learned", "none"):
+            out_dir = train(
+                out_dir=f"out/{experiment['prefix']}-{pos}-{seed}",
+                dataset=args.dataset,
+                pos=pos,
+                block_size=128,
+                n_layer=4,
+                n_embd=64,
+                n_head=4,
+                smear=False,
+                seed=seed,
+                max_tokens=2_500_000,
+                max_steps=args.max_steps,
+                evals=0,
+            )
+            runs.append(out_dir)
+            if pos != "learned":
+                longer.append(out_dir)
+            if pos == "rope" or seed == args.seeds[0]:  # inspecting a run takes a minute or so
+                inspected.append(out_dir)
+
+    run("lab.interpret", *inspected)
+    grade(runs, only=experiment["only"])
+    run("eval.py", *longer, context=256, only="loss")
+    run("lab.compare", *(f"{out_dir}/context256.eval.json" for out_dir in longer), seeds=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Instruments around the six stages, each a command of its own: python -m lab.NAME --help"""

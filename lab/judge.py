@@ -1,0 +1,160 @@
+"""Have a large model mark how runs continue beginnings of stories.
+
+    python -m lab.judge out/a out/b --model=gpt-4o-mini --price_in=0.15 --price_out=0.60 --max_cost=1
+
+The procedure is that of the TinyStories paper (Eldan & Li 2023, arXiv 2305.07759, section 3). The question is our own:
+it asks for an assessment first, then for marks. Adds the section "judge" to a run's eval.json, and keeps the replies in
+its judge.jsonl, so that none is paid for twice."""
+import glob
+import hashlib
+import json
+import os
+import random
+import re
+from itertools import chain
+
+from tqdm import tqdm
+
+from common import CommandLine, newest_run, pick_device, run_main
+from eval import HERE, add_section, interval, load_subject, print_section, read_list
+from generate import MAX_REQUESTS, Asking, connect, dollars, open_to_append, parse_server_args, read_lines
+from lab.completions import complete, pick_stories
+from prepare import instruction, load_tokenizer, load_tokens
+
+REPLY_TOKENS = 1000  # limit of a reply
+MARKS = ("grammar", "creativity", "consistency", "plot")
+AGES = {"A": 3, "B": 4.5, "C": 6.5, "D": 8.5, "E": 11, "F": 14.5}  # years
+QUESTION = """Below is the beginning of a story. It breaks off in the middle of a sentence, at the sign ***. A student
+was asked to go on from there, and what follows the sign is the student's work.
+
+{} *** {}
+
+First write a short assessment of the student's part alone: is its grammar right, does it fit the beginning (does it
+also finish the broken sentence well), does what happens make a story, are there ideas of its own in it? After that
+give marks from 1 (worst) to 10 (best), and guess how old the student is: A: 3 or younger, B: 4 or 5, C: 6 or 7,
+D: 8 or 9, E: 10 to 12, F: 13 to 16. End with exactly these five lines, each with your mark or letter:
+Grammar:
+Creativity:
+Consistency with the beginning:
+Plot:
+Age group:"""
+
+
+def parse_marks(reply):
+    """{mark: 1 to 10, "age": years} of a judge's reply, or None if it does not give all of them."""
+    marks = {}
+    for name in (*MARKS, "age"):
+        # 1 to 10, but not the beginning of another number such as 100; the last line counts, if there are several
+        value = r"([A-F])\b" if name == "age" else r"(10|[1-9](?:\.\d)?)(?![\d.]*\d)"
+        values = re.findall(rf"^\W*{name}\b[^:\n]*:\W*{value}", reply, re.MULTILINE | re.IGNORECASE)
+        if not values:
+            return None
+        marks[name] = AGES[values[-1].upper()] if name == "age" else float(values[-1])
+    return marks
+
+
+def controls(dataset, n=30):
+    """{name: [(beginning, ending)]} of n validation stories, with endings that are certainly good or bad."""
+    encoding = load_tokenizer(dataset)
+    stories = [encoding.decode(ids) for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n)]
+    stories = [story.split(instruction({}))[-1] for story in stories]
+    cuts = [story.index(" ", len(story) // 3) for story in stories]
+    beginnings = [story[:cut] for story, cut in zip(stories, cuts)]
+    endings = [story[cut:].strip() for story, cut in zip(stories, cuts)]
+    words = [ending.split() for ending in endings]
+    shuffled = [" ".join(random.Random(1).sample(ending, len(ending))) for ending in words]
+    return {"true endings": zip(beginnings, endings), "endings of others": zip(beginnings, endings[1:] + endings[:1]),
+            "shuffled endings": zip(beginnings, shuffled)}
+
+
+def make_questions(subject, prompts, args):
+    """{name: [[question] of each prompt]}. The name is "" for the run's own endings, else that of a control."""
+    completions = complete(subject, [subject.instruction + prompt for prompt in prompts], args.max_tokens, args.each)
+    questions = {"": []}
+    for prompt, group in zip(prompts, completions):
+        endings = [subject.encoding.decode(ids).strip() for ids in group]
+        questions[""].append([QUESTION.format(prompt, ending) for ending in endings])
+    for name, pairs in controls(subject.datasets[0]).items():
+        questions[name] = [[QUESTION.format(*pair)] for pair in pairs]
+    return questions
+
+
+def get_marks(questions, path, asking, args):
+    """{question: marks, or None if its reply has none}. Asks the questions that have no reply on disk yet, and appends
+    their replies to the file `path`. Replies in the files of other runs count, because the controls are the same."""
+    by_key = {}
+    for groups in questions.values():
+        for question in chain(*groups):
+            by_key[hashlib.sha256(f"{args.model}\n{question}".encode()).hexdigest()[:32]] = question
+    replies = {}
+    for file in sorted({path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}):
+        for record in read_lines(file):
+            replies[record["key"]] = record["marks"] or replies.get(record["key"])
+    items = [(key, by_key[key], MAX_REQUESTS) for key in sorted(by_key) if key not in replies]  # in random order
+
+    def store(key, answer):
+        replies[key] = parse_marks(answer.text)
+        record = {"key": key, "judge": args.model, "reply": answer.text, "marks": replies[key],
+                  "finish": answer.finish, **answer.usage}
+        print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+        return "" if replies[key] else "no marks"
+
+    if items:
+        client = connect(args)
+        tokens_in, tokens_out = sum(len(question) for _, question, _ in items) // 4, 300 * len(items)
+        print(f"{len(items):,} questions to {args.model}, and {len(by_key) - len(items):,} replies on disk: about "
+              f"{tokens_in:,} tokens in, {tokens_out:,} out, ${dollars(args, tokens_in, tokens_out):.2f}")
+        with open_to_append(path) as file:
+            end = asking.run(client, items, store, tqdm(total=len(items), desc=args.model, disable=None))
+        if end:
+            raise type(end)(f"{end}\nthe replies so far are in {path}: run the same command again to continue")
+    return {question: replies[key] for key, question in by_key.items()}
+
+
+def grade(questions, marks, model):
+    """The figures of the section "judge". See make_questions and get_marks for the arguments."""
+    figures = {"judge": model}
+    for name, groups in questions.items():
+        marked = [[marks[question] for question in group if marks[question]] for group in groups]
+        for mark in (*MARKS, "age"):
+            title = f"{mark}, {name}" if name else mark
+            figures[title] = interval([sum(m[mark] for m in group) for group in marked], list(map(len, marked)))
+    # a judge that is fit gives endings of other stories less for consistency, and shuffled words less for grammar
+    for mark, control in (("consistency", "endings of others"), ("grammar", "shuffled endings")):
+        pairs = [(marks[a], marks[b]) for [a], [b] in zip(questions["true endings"], questions[control])]
+        margin = interval([true[mark] - other[mark] for true, other in pairs if true and other])
+        figures[f"{mark}, true endings over {control}"] = margin
+        if not margin or margin[1] <= 0:
+            figures["judge"] = f"{model} (unfit)"
+            print(f"{model} is unfit to judge: its {mark} does not put true endings over {control}")
+    figures["replies without marks"] = list(marks.values()).count(None)
+    return figures
+
+
+def main(argv=None):
+    parser = CommandLine(__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a (default: the newest)")
+    parser.option("dataset", "", "take the controls from this dataset (default: the run's own)")
+    parser.option("prompts", os.path.join(HERE, "data", "prompts.json"), "beginnings of stories")
+    parser.option("each", 10, "completions of each of those", low=1)
+    parser.option("max_tokens", 200, "length limit of a completion", low=1)
+    parser.option("tokenizer", "", "for an hf: model without a tokenizer: the name of another one that has it")
+    parser.option("device", "auto", "auto, cpu, cuda or mps")
+    args = parse_server_args(parser, argv)
+    if not args.model:
+        parser.error("which model? --model=gpt-4o-mini for one")
+    prompts = read_list("prompts", args.prompts, lambda prompt: isinstance(prompt, str))
+    device, _ = pick_device(args.device)
+    asking = Asking(args, REPLY_TOKENS)
+    for run in args.runs or [newest_run()]:
+        subject = load_subject(run, device, args.dataset, tokenizer=args.tokenizer)
+        questions = make_questions(subject, prompts, args)
+        marks = get_marks(questions, subject.path("judge.jsonl"), asking, args)
+        figures = grade(questions, marks, args.model)
+        figures["measured with"] = f"--each={args.each} --max_tokens={args.max_tokens}, {len(prompts)} prompts"
+        add_section(subject, "judge", figures)
+        print_section(f"{run}: judge", figures)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,648 @@
+"""Write stories of a small simulated world, in which the right answers are known, to data/world/stories.jsonl.
+
+A story is told from a state: who there is, who owns what, and where things are. Words that follow from the state are
+marked as spans, each with a tempting wrong answer. The vocabulary and the plots are in data/words.json. Here is one of
+the plots, with "…" for what is left out. A child wants two things and may have one:
+
+    "exclusion": {"cast": ["say friend"],
+      "plot": ["things x,y pet-wishes|toys|treats|clothes", "mix p1,p2 x,y", "thing shop shops", "thing why reasons",
+               "say likes / shop ask", {"0.75": ["mix y,w y,x 1", "say no !fuss then happy?"],
+                                        "0.25": ["mix y,w x,y 1", "say yes then-yes happy?"]}, "own y a"],
+      "summary": "{a} goes to {shop} with {g} and gets {y.an}.",
+      "lines": {"no": ["But {g} shook {g.his} head. “{why},” {@replied} {g}. “You cannot <have|has> {x.an}.”", …],
+                "then": ["So {a} chose the other thing, and they <went|go> home with {y.an!exclusion/w}.", …], …}}
+
+"plot" is a list of steps. A step is the name of a method of `Tale` and its arguments. Most arguments are roles, such as
+x, which somebody or something plays. Before the first step, a and b are two children, g a grown-up, and h a place; z is
+a small treasure unless a step says otherwise.
+
+    things x,y …        choose one of the lists, say toys, and two of its words: x is a violin, and y is a puppet
+    mix p1,p2 x,y       p1 and p2 are x and y in random order: "likes" names p1 first, and so gives nothing away
+    thing why reasons   `why` is an entry of the list "reasons"
+    say likes / …       tell the sentence "likes", end the paragraph, tell "shop", and "ask", in which a asks for x
+    {"0.75": …, …}      take one of these lists of steps, with these probabilities, which must all be different; in
+                        [[…], […]], all lists are equally likely
+    mix y,w y,x 1       with probability 1, y stays y, and w is x, the wrong answer; the other branch swaps x and y
+    say no !fuss …      "!name" is a conflict, told in a quarter of the stories; "name?" is told in 60 % of them;
+                        "name~" is told unless the story ends badly
+    own y a             from now on, y belongs to a
+
+"lines" has several tellings of each sentence, and one of them is chosen. A telling is text with these parts:
+
+    {y.an}              who or what plays y, in a form: a puppet. `forms_of` and `person` list the forms
+    {a*}                a's name, or perhaps "he" or "she" where that can only mean a
+    {x_place}           what the state says of x: x_place, x_owner; and a_has, the first thing that a owns
+    {@replied}          a random word of the list "replied"; {@toys.s} is one in a form
+    [so|and]            either wording
+    <went|go>           a span of grammar: the right word, and a wrong one
+    {y.an!exclusion/w}  a span of the kind "exclusion": y is right, and w is wrong. The kind "fact" takes knowledge of
+                        facts; "who", "what" and "where" take context; all other kinds take reasoning
+
+This is the record that comes out, here of story 22,652 of seed 1. `bits` is the cost of all random choices:
+
+    {"story": "A gentle girl named Pia … So Pia chose the other thing, and they went home with a puppet. …",
+     "split": "train", "plot": "exclusion",
+     "spans": […, {"start": 424, "end": 428, "skill": "grammar", "wrong": "go"},
+               {"start": 439, "end": 447, "skill": "reasoning", "wrong": "a violin", "kind": "exclusion"}, …],
+     "bits": 86.472, "words": ["go", "puppet", "shy"], "features": ["dialogue"],
+     "summary": "Pia goes to the fair with Grandma and gets a puppet."}
+
+To add a plot, write it under "plots" in the group "reasoning", "facts" or "tracking", with tellings for each of its
+sentences and for "bad", "twist" and "moral", which `tell_story` uses at the end. All plots share the lines of "frame".
+"""
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter, namedtuple
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from common import CommandLine, atomic_write, run_main
+from generate import FEATURES, WORDS_FILE, add_ending
+from prepare import load_meta
+
+with open(WORDS_FILE, encoding="utf-8") as file:
+    WORDS = json.load(file)
+LISTS = {**WORDS["nouns"], **WORDS["verbs"], **WORDS["adjectives"], **WORDS["lists"]}
+LISTS["places"] = LISTS["places in"] + LISTS["places at"]
+LISTS["names"] = LISTS["girls"] + LISTS["boys"]
+VOCABULARY = {name: set().union(*WORDS[name].values()) for name in ("verbs", "nouns", "adjectives")}
+SKILL_OF_KIND = {"fact": "fact", "who": "context", "what": "context", "where": "context"}  # all others: reasoning
+WRONG_CASE = {"he": "him", "him": "he", "his": "he", "she": "her", "her": "she"}
+VAL_SHARE = 0.03  # of the stories
+
+# -----------------------------------------------------------------------------------------------------------------
+# words
+
+
+def article(text):
+    first = text.split()[0]
+    for exception in ("a", "an"):  # a unicorn, an hour
+        if first in WORDS["forms"][exception]:
+            return exception
+    return "an" if first[0] in "aeiou" else "a"
+
+
+@functools.cache
+def forms_of(word):
+    """{form: text} of a word, for every form that a telling can ask for. In "a" (a red ball) and "full" (red ball), an
+    adjective is added when a story first asks for one of them; "an" (a ball) never has one."""
+    preposition = "at" if word in LISTS["places at"] else "in"
+    with_article = f"{article(word)} {word}"
+    return {"": word, "an": with_article, "a": with_article, "full": word, "the": f"the {word}", "pos": word + "'s",
+            "to": f"to the {word}", "in": f"{preposition} the {word}", "ing": add_ending(word, "ing"),
+            "s": WORDS["forms"]["plural"].get(word) or add_ending(word, "s"),
+            "past": WORDS["forms"]["past"].get(word) or add_ending(word, "ed")}
+
+
+BASE_FORMS, WORD_CLASS = {}, {}  # {class: {form: word}}; {list: class}, for lists whose words are all of one class
+for word_class, words in VOCABULARY.items():
+    BASE_FORMS[word_class] = {form: word for word in sorted(words) for form in forms_of(word).values()}
+    WORD_CLASS.update({name: word_class for name, members in LISTS.items() if words.issuperset(members)})
+
+# -----------------------------------------------------------------------------------------------------------------
+# parsing: a telling has one or more wordings, and a wording is a list of parts. A part is text or one of these
+
+Pair = namedtuple("Pair", "right wrong verbs")  # <went|go>; verbs: ["go"], of which both are forms, or []
+AnyWord = namedtuple("AnyWord", "words form word_class capital")  # {@hobbies.ing}; capital: begins a sentence
+Role = namedtuple("Role", "player form skill kind rival capital")  # {x_place!where/y}; player ["x", "place"]
+
+
+def parse_part(piece, capital):
+    if piece.startswith("<"):
+        pair = piece[1:-1].split("|")
+        verbs = [word for word in pair if word in VOCABULARY["verbs"] and set(pair) <= set(forms_of(word).values())]
+        return Pair(*pair, verbs)
+    if piece.startswith("{@"):
+        name, _, form = piece[2:-1].partition(".")
+        after_speech = name in ("cried", "replied", "whispered")  # “Hello!” cried Tom.
+        return AnyWord(LISTS[name], form, WORD_CLASS.get(name), capital and not after_speech)
+    if piece.startswith("{"):
+        match = re.fullmatch(r"\{(\w+)(\*|\.\w+|)(?:!([\w-]+)/(\w+))?\}", piece)
+        player, form, kind, rival = match.groups(default="")
+        skill = SKILL_OF_KIND.get(kind, "reasoning")
+        return Role(player.split("_"), form.lstrip("."), skill, kind, rival.split("_"), capital)
+    return piece.replace("“", '"').replace("”", '"')
+
+
+@functools.cache
+def parse(telling):
+    """The wordings of a telling: each [so|and] in it is resolved both ways."""
+    pieces = re.split(r"\[(.*?)\]", telling)  # text, options, text, options, …, text
+    options = [piece.split("|") if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    wordings = []
+    for texts in itertools.product(*options):
+        parts, before = [], ""
+        for piece in filter(None, re.split(r"(\{[^}]*\}|<[^>]*>)", "".join(texts))):
+            begins_sentence = bool(re.search(r"(^|[.!?]”? |“)$", before))
+            parts.append(parse_part(piece, begins_sentence))
+            before += piece
+        wordings.append(parts)
+    return wordings
+
+
+def with_lines(plot):
+    """Add to a plot the lines of "frame", and "quiet lines": the tellings without direct speech, if there are any."""
+    lines, quiet_lines = {**WORDS["frame"], **plot["lines"]}, {}
+    for name, tellings in lines.items():
+        quiet_lines[name] = [telling for telling in tellings if "“" not in telling] or tellings
+    return {**plot, "lines": lines, "quiet lines": quiet_lines}
+
+
+PLOTS = {name: {**with_lines(plot), "group": group}
+         for group, plots in WORDS["plots"].items() for name, plot in plots.items()}
+ASIDES = [with_lines(aside) for aside in WORDS["asides"].values()]  # short scenes, for a story of any plot
+TABLES = {name: list(facts.items()) for name, facts in WORDS["facts"].items()}  # {name: rows}
+TABLES["tools-for"] = [(tool, *texts) for tool, texts in WORDS["tools-for"].items()]
+TABLES |= {"deeds": WORDS["deeds"], "warnings": WORDS["warnings"]}
+
+# -----------------------------------------------------------------------------------------------------------------
+# the state of the world
+
+
+@dataclass(eq=False, slots=True)
+class Entity:
+    """Who or what plays a role: a person, a thing, a place, or any other words."""
+    forms: dict  # {form: text}
+    category: str = ""  # the list that it comes from, or "persons"; it decides which adjectives fit
+    pronoun: str = ""  # of a person: "he" or "she"
+    described: bool = False  # whether it has its adjective
+    has: list = field(default_factory=list)
+    owner: object = None  # an Entity
+    place: object = None
+
+
+def person(name, noun, pronoun):
+    """A person has more forms: kind (girl), he, him and his for either sex, and intro (a kind girl named Mia)."""
+    him, his = ("her", "her") if pronoun == "she" else ("him", "his")
+    return Entity({**forms_of(name), "kind": noun, "he": pronoun, "him": him, "his": his}, "persons", pronoun)
+
+
+@functools.cache
+def distances(n, split):
+    """How far apart two entries of a list of n are if a story sets one against the other: in val about half the list,
+    in train any other distance. So no pair of a right and a wrong answer occurs in both splits."""
+    return [d for d in range(1, n) if (abs(2 * d - n) <= max(1, n // 20)) == (split == "val")]
+
+
+class Tale:
+    """A story in the making: its world, its text, and what chance has cost. STEPS lists the methods that plots call."""
+
+    def __init__(self, rng):
+        self.rng, self.bits = rng, 0.0  # bits: -log2 of the probability of all choices so far
+        self.plot, self.split, self.bad, self.features = "", "train", False, []  # bad: whether it ends badly
+        self.roles = {}  # {role: Entity}
+        self.text, self.spans = "", []
+        self.lines = {}  # {sentence: tellings}, for `say`
+        self.recent = []  # the people of the last telling
+        self.mentions = {}  # {name: (how often it is in the text, where it begins for the last time)}
+        self.used = {word_class: [] for word_class in VOCABULARY}  # words of the vocabulary that are in the text
+
+    # chance
+
+    def choose(self, options, weights=None):
+        """One of the options. They are equally likely if there are no weights."""
+        if not weights:
+            self.bits += math.log2(len(options))
+            return options[int(self.rng.random() * len(options))]
+        index = self.rng.choices(range(len(options)), weights)[0]
+        self.bits -= math.log2(weights[index] / sum(weights))
+        return options[index]
+
+    def chance(self, p):
+        """True with probability p."""
+        if not 0 < p < 1:
+            return p >= 1
+        happens = self.rng.random() < p
+        self.bits -= math.log2(p if happens else 1 - p)
+        return happens
+
+    def shuffle(self, items, n):
+        """The first n of the items in random order."""
+        items = list(items)
+        return [items.pop(self.choose(range(len(items)))) for _ in range(n)]
+
+    def pair(self, n):
+        """Two indices below n, at one of the `distances`."""
+        first = self.choose(range(n))
+        return first, (first + self.choose(distances(n, self.split))) % n
+
+    # steps that set up: they say who or what plays a role
+
+    def assign(self, roles, players):
+        """Let players (entities or words) play the roles, written as "x,y"."""
+        for role, player in zip(roles.split(","), players):
+            self.roles[role] = Entity(forms_of(player)) if isinstance(player, str) else player
+
+    def thing(self, role, category):
+        """"thing p places": p is a word of the list "places"."""
+        self.roles[role] = Entity(forms_of(self.choose(LISTS[category])), category)
+
+    def things(self, roles, categories, owners=""):
+        """"things x,y toys|clothes a": x and y are two toys or two clothes, and x belongs to a; with a,b, y to b."""
+        category = self.choose(categories.split("|"))
+        words = LISTS[category]
+        self.assign(roles, [Entity(forms_of(words[index]), category) for index in self.pair(len(words))])
+        if owners:
+            for role, owner in zip(roles.split(","), owners.split(",")):
+                self.own(role, owner)
+
+    def mix(self, roles, players, p=0.5):
+        """"mix k,o c1,c2 0.7": with probability 0.7, k is c1 and o is c2; otherwise, k is c2 and o is c1."""
+        entities = [self.roles[player] for player in players.split(",")]
+        self.assign(roles, entities if self.chance(float(p)) else entities[::-1])
+
+    def row(self, roles, table):
+        """"row deed,more,less deeds": the three are a row of the table "deeds"."""
+        self.assign(roles, self.choose(TABLES[table]))
+
+    def entry(self, roles, table):
+        """"entry m,k,w baby": m and k are a row of the table "baby", cow and calf; w begins another row, dog."""
+        index, other = self.pair(len(TABLES[table]))
+        self.assign(roles, TABLES[table][index] + TABLES[table][other])
+
+    def sum(self, roles, sign):
+        """"sum n,m,k -1": there are n, m of them go, and k are left. With 1, m more come. In val, n + k is 9 or 18."""
+        pairs = [(n, k) for n in range(2, 11) for k in range(2, 11)
+                 if (k - n) * int(sign) > 1 and ((n + k) % 9 == 0) == (self.split == "val")]
+        n, k = self.choose(pairs)
+        self.assign(roles, [LISTS["count words"][number - 1] for number in (n, abs(k - n), k)])
+
+    def friend(self, role):
+        """"friend c": c is one more child, at one of the `distances` from b in the list of names."""
+        a, b = self.cast_indices
+        indices = [(b + distance) % len(self.names) for distance in distances(len(self.names), self.split)]
+        self.child(role, self.choose([index for index in indices if index != a]))
+
+    def child(self, role, index):
+        name = self.names[index]
+        if self.animals:
+            noun, pronoun = self.choose(LISTS["cast animals"]), self.choose(("he", "she"))
+        else:
+            noun, pronoun = ("girl", "she") if name in LISTS["girls"] else ("boy", "he")
+        self.roles[role] = person(name, noun, pronoun)
+
+    def cast(self):
+        """Before the plot: a and b are children, or animals with names, and g is the grown-up who looks after them."""
+        self.animals = self.chance(0.3)
+        self.names = LISTS["animal names" if self.animals else "names"]
+        self.cast_indices = self.pair(len(self.names))
+        for role, index in zip("ab", self.cast_indices):
+            self.child(role, index)
+        pronoun = self.choose(("she", "he"))
+        name = self.choose(WORDS["elders" if self.animals else "grownups"][pronoun])
+        if self.animals:
+            name += " " + self.roles["a"].forms["kind"].title()  # Papa Fox
+        self.roles["g"] = person(name, "parent", pronoun)
+
+    # steps that act: they change the state
+
+    def own(self, thing, owner):
+        """"own y a": y belongs to a."""
+        self.roles[thing].owner = self.roles[owner]
+        self.roles[owner].has.append(self.roles[thing])
+
+    def give(self, thing, giver, taker):
+        """"give x a b": a gives x to b. It has to be a's."""
+        if self.roles[thing].owner is not self.roles[giver]:
+            raise ValueError(f"{self.plot}: {giver} cannot give {thing}, which is not theirs")
+        self.roles[giver].has.remove(self.roles[thing])
+        self.own(thing, taker)
+
+    def put(self, thing, place):
+        """"put x p": x is in p."""
+        self.roles[thing].place = self.roles[place]
+
+    # steps that tell
+
+    def feature(self, name, p):
+        """"feature conflict 1": the story has this feature with probability 1. Returns whether it has."""
+        has_feature = self.chance(float(p))
+        if has_feature:
+            self.features.append(name)
+        return has_feature
+
+    def fact(self):
+        """"fact": tell something that everybody knows. The wrong answer is the right one for something else."""
+        table = self.choose(list(WORDS["facts"]))
+        self.entry("s,f,v,w", table)
+        self.tell(self.choose(WORDS["fact tellings"][table]))
+
+    def say(self, *names):
+        """"say likes / ask !fuss happy?": tell these sentences. The top of this file explains the signs."""
+        for name in names:
+            if name == "/":
+                self.text = self.text[:-1] + "\n"
+                self.recent = []
+            elif (name.endswith("?") and self.chance(0.4)) or (name.endswith("~") and self.bad):
+                continue
+            elif not name.startswith("!") or self.feature("conflict", 0.25):
+                self.tell(self.choose(self.lines[name.strip("!?~")]))
+
+    def tell(self, telling):
+        self.render(self.choose(parse(telling)))
+
+    def follow(self, steps):
+        """Take the steps of a plot."""
+        for step in steps:
+            if isinstance(step, list):
+                self.follow(self.choose(step))
+            elif isinstance(step, dict):
+                self.follow(self.choose(list(step.values()), [float(weight) for weight in step]))
+            else:
+                name, *arguments = step.split()
+                STEPS[name](self, *arguments)
+
+    # rendering: a wording becomes text and spans
+
+    def add(self, text, capital=False, wrong="", skill="grammar", kind=""):
+        """Add text to the story, as a span if there is something wrong that could stand in its place."""
+        if capital:
+            text, wrong = text[0].upper() + text[1:], wrong[:1].upper() + wrong[1:]
+        if wrong:
+            span = {"start": len(self.text), "end": len(self.text) + len(text), "skill": skill, "wrong": wrong}
+            self.spans.append({**span, "kind": kind} if kind else span)
+        self.text += text
+
+    def add_article(self, text, capital):
+        """Add "a red ball": "a red" is a span of grammar, for which "an red" is wrong."""
+        right, word = text.split(" ")[:2]
+        wrong = "an" if right == "a" else "a"
+        self.add(f"{right} {word}", capital, f"{wrong} {word}")
+        self.text += text[len(right) + 1 + len(word):]
+
+    def render(self, wording):
+        people = []  # those whom this wording has mentioned
+        for part in wording:
+            if isinstance(part, str):
+                self.text += part
+            elif isinstance(part, Role):
+                self.render_role(part, people)
+            elif isinstance(part, AnyWord):
+                self.render_any_word(part)
+            else:
+                self.add(part.right, wrong=part.wrong)
+                self.used["verbs"] += part.verbs
+        self.text += " "
+        self.recent = people
+
+    def render_any_word(self, part):
+        word = self.choose(part.words)
+        text = forms_of(word)[part.form]
+        if part.word_class:
+            self.used[part.word_class].append(word)
+        if part.form == "a":
+            self.add_article(text, part.capital)
+        else:
+            self.add(text, part.capital, wrong="" if text == word else word)
+
+    def render_role(self, part, people):
+        player, form, skill, kind, rival, capital = part
+        entity = self.player(*player)
+        if form == "*":
+            # a pronoun is clear if the last telling had one person of this sex, and this telling had nobody so far
+            candidates = [other for other in self.recent if other.pronoun == entity.pronoun]
+            form = "he" if candidates == [entity] and not people and self.chance(0.7) else ""
+        elif form in ("a", "full", "intro") and entity.category and not entity.described:
+            self.describe(entity)
+        text, name, start = entity.forms[form], entity.forms[""], len(self.text)
+        if entity.pronoun and entity not in people:
+            people.append(entity)
+        elif entity.category in WORD_CLASS:
+            self.used[WORD_CLASS[entity.category]].append(name)
+        if form in ("he", "him", "his"):
+            self.add(text, capital, WRONG_CASE[text])
+            return  # this is no mention of the name
+        if kind:
+            self.add(text, capital, self.wrong_answer(name, form, skill, self.player(*rival)), skill, kind)
+        elif form in ("a", "an"):
+            self.add_article(text, capital)
+        else:
+            self.add(text, capital)
+        count, _ = self.mentions.get(name, (0, 0))
+        self.mentions[name] = (count + 1, start)
+
+    def player(self, role, state=""):
+        """The Entity that plays a role; or its owner, its place, or the first thing that it has."""
+        if role == "z" and role not in self.roles:
+            self.thing("z", "treasures")
+        entity = self.roles[role]
+        if state == "has":
+            return entity.has[0]
+        return getattr(entity, state) if state else entity
+
+    def describe(self, entity):
+        """Choose an adjective for an entity, and put it into the forms "full", "a" and "intro"."""
+        adjective = self.choose(LISTS[self.choose(WORDS["describes"][entity.category])])
+        name, start = entity.forms[""], f"{article(adjective)} {adjective}"
+        entity.forms = {**entity.forms, "full": f"{adjective} {name}", "a": f"{start} {name}"}
+        if entity.pronoun:
+            entity.forms["intro"] = f"{start} {entity.forms['kind']} named {name}"
+        entity.described = True
+        self.used["adjectives"].append(adjective)
+
+    def wrong_answer(self, name, form, skill, rival):
+        """The wrong answer where `name` is right. For context it is "", and there is no span, if memory of words is
+        enough: if the rival was never mentioned, or `name` was mentioned both last and most often."""
+        right_count, right_place = self.mentions.get(name, (0, 0))
+        wrong_count, wrong_place = self.mentions.get(rival.forms[""], (0, 0))
+        memory_will_do = wrong_count == 0 or (right_count > wrong_count and right_place > wrong_place)
+        if skill == "context" and memory_will_do:
+            return ""
+        return rival.forms[form]
+
+
+STEPS = {"thing": Tale.thing, "things": Tale.things, "mix": Tale.mix, "row": Tale.row, "entry": Tale.entry,
+         "sum": Tale.sum, "friend": Tale.friend, "own": Tale.own, "give": Tale.give, "put": Tale.put,
+         "feature": Tale.feature, "fact": Tale.fact, "say": Tale.say}
+
+# -----------------------------------------------------------------------------------------------------------------
+# a story from beginning to end, and a chain
+
+
+def tell_story(rng, facts=1.0, reasoning=1.0):
+    """One story, as a Tale. `facts` and `reasoning` scale how much of the corpus is about each."""
+    tale = Tale(rng)
+    scale = {"reasoning": reasoning, "facts": facts, "tracking": 1.0}
+    tale.plot = tale.choose(list(PLOTS), [scale[plot["group"]] for plot in PLOTS.values()])
+    tale.split = "val" if tale.chance(VAL_SHARE) else "train"
+    plot = PLOTS[tale.plot]
+    tone = "quiet lines" if tale.chance(0.3) else "lines"
+    tale.bad = tale.feature("bad ending", 0.2)
+    tale.cast()
+    tale.thing("h", "outdoors")
+    tale.lines = plot[tone]
+    tale.say("open", "life?")
+    tale.follow(plot["cast"])
+    outcome = ""  # of an omen
+    if not tale.bad and tale.feature("foreshadowing", 0.25):
+        omen, outcome = tale.choose(WORDS["omens"])
+        tale.tell(omen)
+    tale.say("scene?", "/")
+    tell_asides(tale, tone, facts, reasoning)
+    tale.lines = plot[tone]
+    tale.say("/")
+    tale.follow(plot["plot"])
+    tale.say("/")
+    if tale.bad:
+        tale.say("bad", "bad-end")
+    else:
+        if tale.feature("plot twist", 0.25):
+            tale.say(tale.choose(("twist", "surprise")))
+        if outcome:
+            tale.tell(outcome)
+        tale.say("/", "good-end")
+    if tale.feature("moral value", 0.3):
+        tale.say("bad-moral" if tale.bad else "moral")
+    return tale
+
+
+def tell_asides(tale, tone, facts, reasoning):
+    """Between the opening and the plot, tell perhaps a quarrel, then facts, then short scenes that take reasoning."""
+    b_is_there = tale.roles["b"].forms[""] in tale.mentions  # in some plots, b comes later
+    if tale.feature("conflict", 0.1):
+        tale.say("quarrel" if b_is_there else "quarrel-home", "/")
+    for _ in range(int(0.4 * facts) + tale.chance(0.4 * facts % 1)):
+        tale.fact()
+    asides = [aside for aside in ASIDES if b_is_there or "alone" in aside]
+    for _ in range(int(0.6 * reasoning) + tale.chance(0.6 * reasoning % 1)):
+        aside = tale.choose(asides)
+        tale.lines = aside[tone]
+        tale.follow(aside["plot"])
+
+
+def lego(rng, min_vars=3, max_vars=6, in_order=True):
+    """A chain of variables instead of a story, as a Tale (after LEGO, Zhang et al. 2022, arXiv 2206.04301):
+
+        r = -j, l = -1, j = +l.     the clauses, in random order: the chain is l, j, r
+        l = -1, j = -1, r = +1.     the values, in the order of the chain or in any order; each is a span
+
+    The depth of a span is its place in the chain, from 0. In any order, it is the number of variables between this one
+    and the nearest whose value is known: a reader has to resolve these without writing them down."""
+    tale = Tale(rng)
+    tale.plot = "lego"
+    tale.split = "val" if tale.chance(VAL_SHARE) else "train"
+    longest = min(26, 2 * max_vars) if tale.split == "val" else max_vars
+    n = tale.choose(range(min_vars, longest + 1))
+    letters = tale.shuffle("abcdefghijklmnopqrstuvwxyz", n)
+    signs = [tale.choose((1, -1)) for _ in letters]
+    values = [math.prod(signs[:i + 1]) for i in range(n)]
+    order = range(n) if in_order else tale.shuffle(range(n), n)
+    clauses = [f"{letter} = {'+' if sign > 0 else '-'}{source}"
+               for letter, sign, source in zip(letters, signs, ["1", *letters])]
+    tale.text = ", ".join(tale.shuffle(clauses, n)) + ".\n"
+    for i, place in enumerate(order):
+        tale.text += f"{letters[place]} = "
+        gap = min(abs(place - known) for known in (-1, *order[:i])) - 1  # -1 is the place of the number 1
+        tale.spans.append({"start": len(tale.text), "end": len(tale.text) + 2, "skill": "reasoning",
+                           "kind": "lego" if in_order else "lego in any order", "wrong": f"{-values[place]:+d}",
+                           "depth": place if in_order else gap})
+        tale.text += f"{values[place]:+d}, "
+    tale.text = tale.text[:-2] + "."
+    return tale
+
+# -----------------------------------------------------------------------------------------------------------------
+# the file
+
+
+def record_of(tale):
+    """The JSON object of a tale."""
+    story = tale.text.rstrip()
+    record = {"story": story, "split": tale.split, "plot": tale.plot, "spans": list(tale.spans),
+              "bits": round(tale.bits, 3)}
+    if tale.plot == "lego":
+        return record
+    tale.text = ""
+    tale.render(parse(PLOTS[tale.plot]["summary"])[0])
+    if '"' in story:
+        tale.features.append("dialogue")
+    record["words"] = []  # a verb, a noun and an adjective of the story
+    for word_class, words in tale.used.items():
+        base_forms = BASE_FORMS[word_class]
+        candidates = words or [base_forms[word] for word in story.split() if word in base_forms]
+        record["words"].append(tale.rng.choice(candidates))
+    record["features"] = [feature for feature in FEATURES if feature in tale.features]
+    record["summary"] = tale.text.rstrip()
+    return record
+
+
+def stories(n, seed=1, kind="world", **settings):
+    """Yield n records. Story i depends on the seed and on i alone."""
+    rng = random.Random()
+    for i in range(n):
+        rng.seed(seed << 40 | i)
+        yield record_of(lego(rng, **settings) if kind == "lego" else tell_story(rng, **settings))
+
+
+def write(n, seed=1, name="world", kind="world", **settings):
+    """Write n stories to data/<name>/stories.jsonl. Returns its path, and a Counter of stories, bytes, spans, …"""
+    path, total = os.path.join("data", name, "stories.jsonl"), Counter()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with atomic_write(path) as file:
+        for record in tqdm(stories(n, seed, kind, **settings), total=n, unit=" stories", disable=None):
+            file.write(json.dumps(record) + "\n")
+            story = record["story"]
+            total.update(stories=1, val=record["split"] == "val", words=len(story.split()),
+                         bytes=len(story.encode()), bits=record["bits"])
+            total.update(span["skill"] for span in record["spans"])
+    return path, total
+
+
+def ensure_prepared():
+    """Write and prepare the stories of data/world unless that has been done: train.py calls this on a fresh machine."""
+    if os.path.exists(os.path.join("data", "world", "meta.json")):
+        for source in load_meta("world")["source"]:
+            if os.path.exists(source["file"]) and os.path.getsize(source["file"]) != source["bytes"]:
+                sys.exit(f"{source['file']} has changed since it was prepared: run python prepare.py --dataset=world")
+        return
+    if "RANK" in os.environ:
+        sys.exit("data/world is not prepared: run python -m lab.world and python prepare.py before torchrun")
+    if not os.path.exists(os.path.join("data", "world", "stories.jsonl")):
+        print("data/world is empty: writing 50,000 stories of the built-in world (python -m lab.world)")
+        write(50_000)
+    print("preparing data/world (python prepare.py --dataset=world)")
+    # in a process of its own, so that its workers need not import train.py and torch where they are spawned
+    script = os.path.join(os.path.dirname(os.path.dirname(WORDS_FILE)), "prepare.py")
+    with subprocess.Popen([sys.executable, script, "--dataset=world"]) as process:  # run() would kill it at Ctrl-C
+        if process.wait():
+            sys.exit("data/world could not be prepared: the reason stands above")
+
+
+def main(argv=None):
+    parser = CommandLine(__doc__.splitlines()[0])
+    parser.option("n", 100000, "number of stories", low=1)
+    parser.option("seed", 1, "story i depends on the seed and on i alone", low=0)
+    parser.option("kind", "world", "world: stories; lego: chains of variables to resolve", choices=["world", "lego"])
+    parser.option("name", "", "folder under data/; by default the kind")
+    parser.option("facts", 1.0, "how much of the stories is about facts (0: nothing)", low=0, high=100)
+    parser.option("reasoning", 1.0, "how much of the stories is about reasoning (0: nothing)", low=0, high=100)
+    parser.option("min_vars", 3, "fewest variables of a LEGO chain", low=1, high=26)
+    parser.option("max_vars", 6, "most variables of a LEGO chain for train; twice as many for val", low=1, high=26)
+    parser.option("in_order", True, "resolve LEGO's variables along the chain; False: in any order")
+    args = parser.parse_args(argv)
+    if args.min_vars > args.max_vars:
+        parser.error(f"--min_vars={args.min_vars} is more than --max_vars={args.max_vars}: raise --max_vars")
+    options = ("min_vars", "max_vars", "in_order") if args.kind == "lego" else ("facts", "reasoning")
+    name, started = args.name or args.kind, time.time()
+    path, total = write(args.n, args.seed, name, args.kind, **{option: getattr(args, option) for option in options})
+    print(f"{path}: {total['stories']:,} stories ({total['val']:,} for val), {total['bytes'] / 1e6:.1f} MB of text, "
+          f"{total['words'] / args.n:.0f} words a story, {args.n / (time.time() - started):,.0f} stories/s")
+    print(f"bits per byte: {total['bits'] / total['bytes']:.4f}, the cost of all choices: a perfect model's loss")
+    print("spans per 100 words: " + ", ".join(f"{skill} {100 * total[skill] / total['words']:.2f}"
+                                              for skill in ("grammar", "fact", "context", "reasoning")))
+    if total["val"]:
+        print(f"next: python prepare.py --dataset={name}" + (" --clean=False" if args.kind == "lego" else ""))
+    else:
+        print("none of these stories is for val: raise --n to train on them")
+
+
+if __name__ == "__main__":
+    run_main(main)

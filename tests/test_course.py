@@ -1,0 +1,141 @@
+"""Every lesson of the course takes one step, so that the commands of its script are known to fit the stages."""
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from conftest import make_stories, write_jsonl
+
+COURSE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "course")
+sys.path.insert(0, COURSE)
+
+import lesson  # noqa: E402
+
+# Added to the lesson's own options, so that a stage takes a second. Of two options of one name, the last counts.
+SMALL = {
+    "lab.world": ["--n=300"],
+    "train.py": ["--batch_tokens=256", "--compile=False", "--dtype=float32", "--device=cpu"],
+    "eval.py": ["--spans=1", "--device=cpu"],
+    "lab.completions": ["--each=1", "--max_tokens=5", "--device=cpu"],
+    "lab.interpret": ["--stories=10", "--device=cpu"],
+}
+
+
+def main_of(stage):
+    return importlib.import_module(stage.removesuffix(".py")).main
+
+
+def run_here(stage, arguments):
+    """What lesson.start_process does, but small, and in this process: to start Python and torch takes seconds."""
+    main_of(stage)([*arguments, *SMALL.get(stage, [])])
+
+
+@pytest.fixture(scope="module")
+def prepared_world(tmp_path_factory):
+    """A folder with 300 stories of the world, prepared as data/world and, instead of real ones, as data/tinystories."""
+    folder = tmp_path_factory.mktemp("course")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_here("lab.world", [])
+        run_here("prepare.py", ["--dataset=world", "--vocab_size=600"])
+        run_here("prepare.py", ["--dataset=tinystories", "--input=data/world", "--tokenizer=world"])
+    return folder
+
+
+@pytest.fixture
+def classroom(prepared_world, monkeypatch):
+    """Lessons run in that folder and their stages in this process; train.py does not write stories at its end."""
+    monkeypatch.chdir(prepared_world)
+    monkeypatch.setattr(lesson, "start_process", run_here)
+    monkeypatch.setattr(train, "write_stories", lambda *args, **settings: [])
+
+
+@pytest.mark.parametrize("script, options, run, sections", [
+    ("01_size", [], "size-1x16-1", ["loss on world", "probes", "spans of world", "steps"]),
+    ("02_steps", [], "size-4x128-1", ["steps"]),
+    ("03_depth", [], "depth-8x44-1", ["loss on world", "spans of world"]),
+    ("03_depth", ["--dataset=tinystories"], "real-depth-1x128-1", ["loss on tinystories", "probes"]),
+    ("04_breadth", [], "mix-deep-1", ["loss on world", "spans of world"]),
+    ("05_lego", [], "mental-4-1", ["spans of mental"]),
+    ("05_warm_start", [], "both-1", ["loss on bytes", "spans of lego"]),
+    ("06_positions", [], "pos-none-1", ["loss on world", "heads"]),
+    ("07_heads", [], "inside-4x128-1", ["loss on tinystories", "heads", "neurons"]),
+    ("08_instructions", [], "asked-1", ["instructions of asked", "loss on asked"]),
+    ("09_compute", [], "budget-1e13-4x128-1", ["loss on world"]),
+    ("11_speed", [], "rung-8-vocabulary-1", ["loss on small"]),
+])
+def test_one_step_of_a_lesson_trains_and_grades_its_models(classroom, script, options, run, sections):
+    main_of(script)(["--seeds=1", "--max_steps=1", *options])
+    with open(f"out/quick/{run}/eval.json", encoding="utf-8") as file:
+        results = json.load(file)
+    assert results["model"]["step"] == 1
+    assert set(sections) <= set(results)
+
+
+def test_lesson_10_compares_corpora_with_and_without_random_words(classroom, monkeypatch, capsys):
+    asked = {}
+
+    def write_or_run(stage, arguments):
+        if stage != "generate.py":
+            return run_here(stage, arguments)
+        options = dict(argument[2:].split("=") for argument in arguments)
+        asked[options["name"]] = options["naive"]
+        write_jsonl(Path("data", options["name"], "stories.jsonl"), make_stories(20))
+
+    monkeypatch.setattr(lesson, "start_process", write_or_run)
+    main_of("10_diversity")(["--model=any", "--n=20"])
+    assert asked == {"varied": "False", "naive": "True"}
+    table = capsys.readouterr().out
+    assert "data/world/stories.jsonl" in table and "data/naive/stories.jsonl" in table
+
+
+def test_a_run_that_exists_is_resumed_and_a_quick_look_has_a_folder_of_its_own(workplace, monkeypatch):
+    commands = []
+    monkeypatch.setattr(lesson, "start_process", lambda stage, arguments: commands.append(arguments))
+    (workplace / "out/a").mkdir(parents=True)
+    (workplace / "out/a/ckpt.pt").touch()
+    assert lesson.train("out/a", max_tokens=100) == "out/a"
+    assert lesson.train("out/b", max_tokens=100) == "out/b"
+    assert lesson.train("out/a", max_tokens=100, max_steps=5) == "out/quick/a"
+    assert commands == [["--out_dir=out/a", "--max_tokens=100", "--resume=True"],
+                        ["--out_dir=out/b", "--max_tokens=100"],
+                        ["--out_dir=out/quick/a", "--max_steps=5"]]
+
+
+def test_a_stage_that_fails_ends_the_script(tmp_path):
+    (tmp_path / "stage.py").write_text("import sys; sys.exit(3)")
+    with pytest.raises(SystemExit, match="stage.py failed"):
+        lesson.run(str(tmp_path / "stage.py"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to interrupt")
+def test_ctrl_c_lets_the_stage_save_and_ends_the_whole_script(tmp_path):
+    (tmp_path / "stage.py").write_text(
+        "import sys, time\n"
+        "print('started', flush=True)\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n    open(sys.argv[1], 'w').close()\n")
+    (tmp_path / "script.py").write_text(
+        f"import sys; sys.path.insert(0, {COURSE!r})\n"
+        "import lesson\n"
+        "lesson.run_main(lambda: [lesson.run('stage.py', name) for name in ('first', 'second')])\n"
+        .replace("'stage.py'", repr(str(tmp_path / "stage.py"))))
+    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               # a shell that started the tests in the background has made them ignore Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while process.stdout.readline() != "started\n":
+        assert process.poll() is None
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert "run the same command again" in errors
+    assert (tmp_path / "first").exists() and not (tmp_path / "second").exists()
