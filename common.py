@@ -14,14 +14,14 @@ import signal
 import sys
 import time
 
-# Options of train.py that do not change what a run learns. Runs that differ in these and the seed alone are
-# repetitions of one experiment.
+# Options of train.py that do not change what a run learns: batch_size is only that of a micro batch, and size is stored
+# as the shape that it names. Runs that differ in nothing but these and the seed repeat one experiment.
 HOUSEKEEPING = ("out_dir", "resume", "evals", "eval_stories", "log_interval", "keep", "device", "compile",
                 "batch_size", "size")
 # Options that may differ between a run and its continuation.
 RESUMABLE = (*HOUSEKEEPING, "max_steps", "max_tokens", "max_flops", "max_minutes", "dtype", "init_from", "embed_std")
 
-# Dense bfloat16 FLOP/s by the makers' data sheets, for the share of them that a run reaches (MFU).
+# Peak dense bfloat16 FLOP/s by the makers' data sheets. MFU, the model FLOPs utilization, is the share a run reaches.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
 
@@ -48,6 +48,8 @@ class CommandLine(argparse.ArgumentParser):
     def problem(self, name, value):
         """One line that says what is wrong with a value of `--name`, or "" if nothing is."""
         low, high = self.ranges[name]
+        if value is None:  # left to a later default
+            return ""
         # written with `not`, so that nan, for which every comparison is false, is refused
         if low is not None and not value >= low:
             return f"--{name}={value} must be at least {low}"
@@ -64,9 +66,9 @@ class CommandLine(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "try --help"
             self.error(f"unknown option {unknown[0]}: {hint}")
         for name in self.ranges:
-            value = getattr(known, name)
-            if value is not None and self.problem(name, value):
-                self.error(self.problem(name, value))
+            problem = self.problem(name, getattr(known, name))
+            if problem:
+                self.error(problem)
         return known
 
     def error(self, message):
@@ -82,7 +84,7 @@ def parse_bool(text):
 
 def run_main(main):
     """Run a script's main(). Ctrl-C, a reader that goes away (`| head`) and a full disk end it without a traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a pipe shows progress line by line, and holds every character
+    if hasattr(sys.stdout, "reconfigure"):  # pass lines on at once, and replace characters that cannot be written
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
@@ -129,7 +131,8 @@ def file_hash(path):
 
 
 def print_table(rows):
-    """Print rows of text, the first column to the left and the others to the right. A row may be a title alone."""
+    """Print rows of text, the first column aligned to the left and the others to the right. A row of one cell is a
+    title."""
     widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
     for name, *cells in rows:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
@@ -155,7 +158,7 @@ def pick_device(device="auto", dtype="auto"):
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8
         fast = torch.bfloat16 if has_bfloat16 else torch.float16
-    elif device.type == "cpu" and cpu_has_fast_bfloat16():
+    elif device.type == "cpu" and cpu_has_bfloat16():
         fast = torch.bfloat16
     else:
         fast = torch.float32
@@ -164,20 +167,16 @@ def pick_device(device="auto", dtype="auto"):
     return device, fast if dtype == "auto" else getattr(torch, dtype)
 
 
-def cpu_has_fast_bfloat16():
-    """Whether bfloat16 matrix products are faster here than float32 ones. Without instructions for it, they are far
-    slower."""
+def cpu_has_bfloat16():
+    """Whether this CPU has instructions for products in bfloat16. Without them it imitates bfloat16, very slowly."""
     import torch
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype)
-        tries = []
-        for _ in range(4):
-            started = time.perf_counter()
-            a @ a
-            tries.append(time.perf_counter() - started)
-        seconds[dtype] = min(tries)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+    instructions = ("avx512_bf16", "amx_bf16")
+    if hasattr(torch.cpu, "get_capabilities"):  # not in older versions of torch
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in instructions)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
+        return not set(instructions).isdisjoint(file.read().split())
+    return False
 
 
 def peak_flops(device, dtype):
@@ -194,7 +193,7 @@ def peak_flops(device, dtype):
 
 
 def peak_memory(device):
-    """The peak memory of this process in MB: of the GPU if it uses one, else of the machine; 0 where not known."""
+    """The peak memory of this process in MB: on the GPU if it uses one, else in RAM; 0 if that is not known."""
     import torch
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) >> 20
@@ -225,7 +224,7 @@ def start_processes(device, dtype):
     import torch
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and device == "auto" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-        device = "cpu"  # there is not a GPU for each process
+        device = "cpu"  # fewer GPUs than processes
     if processes > 1 and device in ("auto", "cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = pick_device(device, dtype)
@@ -236,12 +235,13 @@ def start_processes(device, dtype):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. A second one ends it."""
+    """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. The next signal ends it."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
@@ -255,7 +255,7 @@ def stop_signals():
 
 
 def newest_run():
-    """The folder under out/ whose run was written last, by the time in its log: a copied file has a new date."""
+    """The folder under out/ whose run was logged last. Dates of files do not tell: copying a folder changes them."""
     runs = [os.path.dirname(path) for path in glob.glob(os.path.join("out", "*", "ckpt.pt"))]
     if not runs:
         sys.exit("no trained model in out/: run python train.py first")
@@ -263,10 +263,11 @@ def newest_run():
 
 
 def last_logged(run):
-    """When a run wrote its last line of log, in seconds since 1970; 0 where that is not known."""
+    """When a run wrote the last whole line of its log, in seconds since 1970; 0 if that is not known."""
     try:
         with open(os.path.join(run, "log.jsonl"), encoding="utf-8") as log:
-            return json.loads(log.readlines()[-1])["time"]
+            lines = [line for line in log if line.endswith("\n")]
+        return json.loads(lines[-1])["time"]
     except (OSError, ValueError, LookupError):
         return 0
 
@@ -280,9 +281,9 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        sys.exit(f"{path} cannot be read ({error.__class__.__name__}): it is cut off or no checkpoint, so train again")
+        sys.exit(f"{path} cannot be read ({error.__class__.__name__}): it is truncated or no checkpoint; train again")
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
-        sys.exit(f"{path} is no checkpoint of train.py: run python train.py to write one")
+        sys.exit(f"{path} is not a checkpoint of train.py: run python train.py to write one")
     return checkpoint
 
 
@@ -293,7 +294,7 @@ class Clock:
         self.seconds_before = seconds_before
         self.created = time.perf_counter()
         self.started = None
-        self.evaluation_seconds = 0.0  # part of the training time, but left out of the speed
+        self.evaluation_seconds = 0.0  # train.py adds these up: part of the time, but left out of the speed
 
     def start(self):
         """Called when the first step of this session is done."""
@@ -306,7 +307,7 @@ class Clock:
         return self.seconds_before + time.perf_counter() - self.started
 
     def stop(self):
-        """Called at the end of the session: what follows is no training."""
+        """Called at the end of the session: what follows is not training."""
         self.seconds_before, self.started = self.seconds(), None
 
     def tokens_per_second(self, tokens):
@@ -325,10 +326,10 @@ def save_checkpoint(checkpoint, path):
                  "with --resume")
 
 
-def check_resumable(checkpoint, args, out_dir):
+def check_resumable(checkpoint, args, defaults, out_dir):
     """Refuse to continue a run with other options than it was begun with."""
     for name, value in vars(args).items():
-        before = checkpoint["args"].get(name, value)  # an older checkpoint lacks options that were added since
+        before = checkpoint["args"].get(name, defaults[name])  # an option may have been added since then
         if name not in RESUMABLE and before != value:
             sys.exit(f"{out_dir} was trained with --{name}={before}, not {value}: resume with that, or start a new run "
                      "with another --out_dir")

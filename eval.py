@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common import HOUSEKEEPING, CommandLine, atomic_write, file_hash, newest_run, pick_device, run_main
-from prepare import SKILLS, instruction, load_meta, load_tokenizer, load_tokens, read_records
+from prepare import SKILLS, fingerprint, instruction, load_meta, load_tokenizer, load_tokens, read_records
 from sample import load_run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,10 +34,11 @@ SECTIONS = ("loss", "probes", "spans", "steps")
 
 
 def windows(tokens, eot, block_size):
-    """[(start, length, skip)], which cut each story into windows from its own <|endoftext|> on.
+    """[(start, length, skip)] of windows that cover each story from its own <|endoftext|> on.
 
-    A story longer than the context is cut into windows that overlap by half. The targets of a window are
-    tokens[start + 1 + skip : start + 1 + length], so that each token is a target once."""
+    A story longer than the context is cut into windows that overlap by half, so that all but its first tokens are
+    scored with at least half a context. The first `skip` targets of a window were scored in the one before; the others
+    are tokens[start + 1 + skip : start + 1 + length]. So each token is scored once."""
     ends = np.flatnonzero(tokens == eot).tolist()
     result = []
     for start, end in zip(ends, ends[1:]):
@@ -148,8 +149,9 @@ def grade_loss(subject, dataset):
     nats = score(subject.model, tokens, eot, title=f"loss on {dataset}").astype(float)
     starts = np.flatnonzero(tokens == eot)[:-1] + 1  # a story's targets: its tokens and the next <|endoftext|>
     lengths = np.diff(np.append(starts, len(tokens)))
-    figures = {"val_bpb": interval(np.add.reduceat(nats, starts) / math.log(2), [len(s.encode()) for s in stories]),
-               "val_loss": interval(np.add.reduceat(nats, starts), lengths), "stories": len(stories),
+    loss = sum_by_story(nats, starts)
+    figures = {"val_bpb": interval(loss / math.log(2), [len(story.encode()) for story in stories]),
+               "val_loss": interval(loss, lengths), "stories": len(stories),
                "stories longer than the context": int((lengths > subject.model.config.block_size).sum())}
     if "bits_per_byte" in meta["val"]:
         figures["val_bpb of the world's own choices"] = meta["val"]["bits_per_byte"]
@@ -167,13 +169,19 @@ def loss_by_skill(dataset, tokens, nats, starts):
     for label, skill in enumerate(SKILLS):
         marked = labels == label
         name = "all other words" if skill == "none" else f"{skill} words"
-        words, n_tokens, loss, text, total = (np.add.reduceat(values.astype(float), starts) for values in (
-            marked & is_word_start, marked, nats * marked, np.ones(len(tokens)), nats))
+        words = sum_by_story(marked & is_word_start, starts)
         if words.sum():
+            loss = sum_by_story(nats * marked, starts)
+            n_tokens = sum_by_story(np.ones(len(tokens)), starts)
             figures[f"{name}, nats each"] = interval(loss, words)
-            figures[f"{name}, share of text"] = interval(n_tokens, text)
-            figures[f"{name}, share of loss"] = interval(loss, total)
+            figures[f"{name}, share of text"] = interval(sum_by_story(marked, starts), n_tokens)
+            figures[f"{name}, share of loss"] = interval(loss, sum_by_story(nats, starts))
     return figures
+
+
+def sum_by_story(values, starts):
+    """The sums of values (N,) over the stories that begin at `starts` (S,): (S,)."""
+    return np.add.reduceat(values.astype(float), starts)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -198,29 +206,30 @@ def read_spans(dataset, limit, by="skill"):
     for source in load_meta(dataset)["source"]:
         path = source["file"]
         if path.endswith(".jsonl") and os.path.exists(path):
-            for probe in span_probes(dataset, path, source["split"], os.stat(path).st_mtime_ns):
+            for probe in span_probes(dataset, path, os.stat(path).st_mtime_ns):
                 if len(groups[probe[by]]) < limit:
                     groups[probe[by]].append(probe)
     return [probe for group in groups.values() for probe in group]
 
 
 @functools.lru_cache(8)
-def span_probes(dataset, path, file_split, modified):
-    """Every marked word of the validation stories in a file as a probe; `modified` renews the cache."""
-    probes = []
+def span_probes(dataset, path, modified):
+    """Every marked word of a file's stories that are in val.bin, as a probe. The date `modified` keeps the cache fresh."""
     if not os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
-        return probes
-    before = instruction({}) if load_meta(dataset)["instruct"] else ""
+        return []
+    meta, encoding, probes = load_meta(dataset), load_tokenizer(dataset), []
+    before = instruction({}) if meta["instruct"] else ""
+    val_stories = split_stories(np.asarray(load_tokens(dataset, "val")), meta["eot"])
+    in_val = {fingerprint(encoding.decode(ids.tolist()).split(instruction({}))[-1]) for ids in val_stories}
     for record in read_records(path):
-        spans = record.get("spans") or ()
-        if not str(file_split or record.get("split")).startswith("val"):
+        if not record.get("spans") or fingerprint(record["story"]) not in in_val:
             continue
-        for span in spans:
+        for span in record["spans"]:
             story, start, end = record["story"], span["start"], span["end"]
             kind = span.get("kind", span["skill"])
             if "depth" in span:
                 kind += f", depth {span['depth']:2}"
-            # with the word that follows, "jump" and "jumped" both include the cost of ending there
+            # scored with the word that follows, so that "jump" beside "jumped" pays for ending there
             probes.append({"skill": span["skill"], "kind": kind, "prompt": before + story[:start],
                            "right": [story[start:end]], "wrong": [span["wrong"]],
                            "after": re.match(r"\W*\w*", story[end:])[0]})
@@ -230,13 +239,13 @@ def span_probes(dataset, path, file_split, modified):
 def passes(model, encoding, probes, title="probes"):
     """(N,) bool: whether a right continuation of each probe is likelier than all wrong ones.
 
-    Compared is the sum of log-likelihoods of the tokens after the longest common beginning of all continuations."""
+    We compare the sums of log-likelihoods of the tokens after the longest common beginning of all continuations."""
     eot, block_size = encoding.eot_token, model.config.block_size
     tokens, scored, n_continuations = [], [], []
     for probe in probes:
         texts = [probe["prompt"] + c + probe.get("after", "") for c in probe["right"] + probe["wrong"]]
         rows = [encoding.encode_ordinary(text) for text in texts]
-        common = len(os.path.commonprefix(rows))
+        common = len(os.path.commonprefix(rows))  # works on any sequences
         for row in rows:
             dropped = max(0, len(row) + 1 - block_size)  # what the context cannot hold
             scored.append((len(tokens) + 1 + max(0, common - dropped), len(tokens) + 1 + len(row) - dropped))
@@ -310,9 +319,9 @@ class Subject:
     """A model to be graded: a run, or somebody else's."""
     model: torch.nn.Module
     encoding: object    # a tiktoken.Encoding, or what stands in for one
-    tokenizer: str      # the tokenizer's sha256; None of somebody else's
+    tokenizer: str      # the tokenizer's sha256; None for hf: models
     datasets: list      # whose stories it is graded on
-    instruction: str    # what it expects before a story: "Story:", or ""
+    instruction: str    # what it expects before a story: "Story:\\n", or ""
     checkpoints: list   # paths of the checkpoints kept along the way
     about: dict         # the section "model" of eval.json
     prefix: str         # beginning of the paths of the files about it
@@ -355,9 +364,10 @@ def about_model(model):
 
 
 def experiment_of(checkpoint, context):
-    """What a run was trained with, but for its seed, as text: runs for which it is equal repeat one experiment."""
+    """What a run was trained with except its seed, as text: runs for which it is equal repeat one experiment."""
     settings = {name: value for name, value in checkpoint["args"].items() if name not in (*HOUSEKEEPING, "seed")}
-    settings["init_from"] = settings["init_from"].rstrip("0123456789")  # out/warm-1 and out/warm-2 repeat another one
+    # out/warm-1 and out/warm-2 are two seeds of one experiment, and so are the runs that start from them
+    settings["init_from"] = re.sub(r"-\d{1,2}$", "", settings["init_from"])
     if not settings["max_minutes"]:
         settings["step"] = checkpoint["step"]  # one of them may have been stopped early
     return json.dumps({**settings, "context": context})

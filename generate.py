@@ -135,7 +135,7 @@ def split_answer(text):
     text = re.sub(r"(?s)\A.*</think>", "", text).replace("\r\n", "\n").strip()
     story, *rest = re.split(r"(?im)^[\W_]*summary[\W_]*:[\W_]*", text)
     heading = r"\s*(?:#.*|\*\*[^*\n]*\*\*:?|title:.*|(?:sure|here|certainly|of course)\b.*:)\s*(?:\n|\Z)"
-    story = re.sub(rf"(?i)\A(?:{heading})*(?:\W*story\W*:\W*\n?)?", "", story)
+    story = re.sub(rf"(?i)\A(?:{heading})*(?:[\W_]*story[\W_]*:[*_]*\s*)?", "", story)
     summary = " ".join(rest[0].split()) if rest else ""
     return story.strip("*-_ \n"), summary.strip("*_ ")
 
@@ -243,8 +243,8 @@ class Asking:
         self.tokens = Counter(tokens_in=0, tokens_out=0)  # a request under way counts with the most it can use
 
     def run(self, client, items, store, bar):
-        """Ask about all items. Returns None, or, if some are left, the exception to end with: KeyboardInterrupt after
-        Ctrl-C, else SystemExit. Its text is the reason.
+        """Ask about all items. Returns None if all were asked about. Else it returns (it does not raise) the exception
+        for the caller to end with, whose text says why: KeyboardInterrupt after Ctrl-C, else SystemExit.
 
         items: yields (item, prompt, number of requests that may be made about the item).
         store(item, answer): writes an answer to a file; returns why it is rejected, or "" if it is good."""
@@ -253,20 +253,24 @@ class Asking:
         self.request[limit] = self.max_tokens
         self.client, self.items, self.store, self.bar = client, iter(items), store, bar
         self.failed = self.rejected = 0  # failed requests in a row, and rejected answers in a row
-        self.end, self.stopping = None, False
+        self.outcome, self.stopping = None, False
         try:
             asyncio.run(self.run_workers())
         except KeyboardInterrupt:  # a second Ctrl-C
-            self.end = KeyboardInterrupt("stopped by Ctrl-C, without the answers under way")
+            self.outcome = KeyboardInterrupt("stopped by Ctrl-C, without the answers under way")
         bar.close()
-        return self.end
+        return self.outcome
 
     async def run_workers(self):
+        """Let --concurrency workers take items from one iterator until it is empty, or until one of them says stop.
+
+        The first Ctrl-C cancels this coroutine, but not the workers: they finish their request. The second one ends
+        asyncio.run, and so drops the requests."""
         workers = [asyncio.create_task(self.work()) for _ in range(self.args.concurrency)]
         try:
             await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
         except asyncio.CancelledError:  # the first Ctrl-C
-            self.leave(KeyboardInterrupt("stopped by Ctrl-C"))
+            self.note(KeyboardInterrupt("stopped by Ctrl-C"))
             self.bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)
         self.stopping = True  # if a worker raised an error, the others still finish the request they are at
         await asyncio.wait(workers)
@@ -278,38 +282,40 @@ class Asking:
         for item, prompt, requests in self.items:
             for _ in range(requests):
                 # a token of the prompt is at least one byte, and servers add some
-                most = {"tokens_in": len(prompt.encode()) + 50, "tokens_out": self.max_tokens}
-                self.tokens.update(most)
+                worst_case = {"tokens_in": len(prompt.encode()) + 50, "tokens_out": self.max_tokens}
+                self.tokens.update(worst_case)
                 if dollars(self.args, **self.tokens) > self.args.max_cost:
-                    self.tokens.subtract(most)
-                    self.leave(SystemExit(f"the next answer might pass --max_cost={self.args.max_cost:g}"))
+                    self.tokens.subtract(worst_case)
+                    self.note(SystemExit(f"the next answer might pass --max_cost={self.args.max_cost:g}"))
                     return
                 answer = await ask(self.client, self.request, prompt)
-                self.tokens.subtract(most)
-                if self.take(item, answer) or self.stopping:
+                self.tokens.subtract(worst_case)
+                if self.is_done(item, answer) or self.stopping:
                     break
             self.bar.update()
             if self.stopping:
                 return
 
-    def take(self, item, answer):
-        """Store an answer. Returns whether to go on to the next item: this one is done, or is left to the next run."""
+    def is_done(self, item, answer):
+        """Store an answer, and decide whether the item is done in this run: its answer is good, or the request failed
+        and the item is left to the next run. A rejected answer is asked for again."""
         if answer.error:
             self.failed += 1
-            self.leave(SystemExit(answer.error), stop=answer.fatal or self.failed > self.args.concurrency)
+            self.note(SystemExit(answer.error), stop=answer.fatal or self.failed > self.args.concurrency)
             return True
         self.tokens.update(tokens_in=answer.usage["tokens_in"], tokens_out=answer.usage["tokens_out"])
         reason = self.store(item, answer)
         self.failed = 0
         self.rejected = self.rejected + 1 if reason else 0
         if self.rejected == MAX_REJECTED:
-            self.leave(SystemExit(f"the last {MAX_REJECTED} answers were all rejected, at last for: {reason}"), True)
+            self.note(SystemExit(f"the last {MAX_REJECTED} answers were all rejected, the last one for: {reason}"),
+                      stop=True)
         return not reason
 
-    def leave(self, end, stop=False):
-        """Note why items are left. The reason why the loop stops is not replaced by a later one."""
+    def note(self, outcome, stop=False):
+        """Note why items are left. With `stop`, no worker starts another request, and the reason stays as it is."""
         if not self.stopping:
-            self.end, self.stopping = end, stop
+            self.outcome, self.stopping = outcome, stop
 
 
 def read_lines(path):
@@ -322,7 +328,7 @@ def read_lines(path):
                 yield json.loads(line)
             except ValueError:
                 if line.endswith(b"\n"):
-                    sys.exit(f"{path}, line {number} is not JSON: mend or delete that line")
+                    sys.exit(f"{path}, line {number} is not JSON: correct or delete that line")
 
 
 def open_to_append(path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from common import pick_device
 
-# the paper's shapes: n_layer, n_embd, n_head (Eldan & Li 2023, arXiv 2305.07759)
+# n_layer and n_embd as in the paper (Eldan & Li 2023, arXiv 2305.07759), and n_head
 SIZES = {"1M": (8, 64, 4), "3M": (8, 128, 4), "8M": (8, 256, 8), "28M": (8, 512, 8), "33M": (4, 768, 12),
          "1L-21M": (1, 1024, 16), "2L-33M": (2, 1024, 16)}
 POSITIONS = ("rope", "alibi", "learned", "none")
@@ -25,7 +25,7 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     pos: str = "rope"  # how positions are encoded: one of POSITIONS
-    smear: bool = True  # add a learned share of the previous token's embedding to each token's own
+    smear: bool = True  # add a learned multiple of the previous token's embedding to each token's own
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -41,7 +41,7 @@ class GPTConfig:
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without a learned gain: the matrix that follows can absorb it."""
+    """RMSNorm over the last dimension, without a learned gain: the matrices that follow can absorb it."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -67,7 +67,7 @@ def alibi_slopes(n_head):
 
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(D)) v of q (B, H, T, D) and k, v (B, H, S, D); causal unless a mask is given."""
-    T, S = q.size(2), k.size(2)
+    T, S = q.size(2), k.size(2)  # without a mask, either S = T or T = 1
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
         # torch's fused kernel is slow here, above all its backward pass: two products and a softmax train 1.5 times
         # faster. For a single query, multiplying and summing is faster than a product, which would copy the keys.
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if kv_cache is not None:  # add these keys and values to the cached ones, and attend to all of them
             kv_cache[0, :, :, start:start + T] = k
             kv_cache[1, :, :, start:start + T] = v
-            k, v = kv_cache[:, :, :, :start + T]  # (B, H, start + T, D)
+            k, v = kv_cache[:, :, :, :start + T]  # (B, H, start + T, D) each
         y = attend(q, k, v, mask)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -130,13 +130,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Decoder-only transformer: pre-norm, QK-norm, squared-ReLU MLP, no biases, untied head that starts at zero.
 
-    Smear (after modded-nanogpt) adds to each token's embedding a learned share of the previous one, channel by channel.
+    Smear (after modded-nanogpt) adds to each token's embedding a learned multiple of the previous one, by channel.
     A single layer can then find what followed an earlier copy of a token (an induction head); a plain transformer needs
     a previous-token head in the layer below.
 
     New embeddings are drawn with standard deviation `embed_std`. Small ones learn faster. But tokens that are used
-    alike, such as + and -, get nearly the same gradients: if they start small, they may end nearly equal, and no layer
-    can tell them apart."""
+    alike, such as + and -, get nearly the same updates: if they start small, these dominate, the embeddings end nearly
+    equal, and no layer can tell them apart."""
 
     def __init__(self, config, embed_std=0.1):
         super().__init__()
@@ -181,7 +181,7 @@ class GPT(nn.Module):
         return bias.masked_fill(distance < 0, -math.inf)
 
     def add_smear(self, x, cache):
-        """Add to x (B, T, C) the learned share of each token's predecessor. The cache remembers the last token."""
+        """Add to x (B, T, C) a learned multiple of each token's predecessor, and normalize."""
         if cache and cache.length:
             previous = cache.last_embedding
         else:
@@ -226,14 +226,14 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Training FLOPs per token: 6 per weight of a matrix product (Kaplan et al. 2020, arXiv 2001.08361), and in
-        each layer 12 per channel and key, of which there are (T + 1)/2 on average. Embedding look-ups cost none."""
+        each layer 12 per channel and key: (block_size + 1)/2 keys on average. Embedding look-ups are free."""
         c = self.config
         weights = self.num_params(embedding=False) + c.vocab_size * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_embd * (c.block_size + 1) // 2
 
 
 class Cache:
-    """The keys and values of all layers, (n_layer, 2, B, H, block_size, D), for decoding one token at a time.
+    """The keys and values of all layers, (n_layer, 2, B, H, block_size, D), so that decoding reads each token once.
 
     `length` positions are filled. `last_embedding` (B, 1, C) is the last token's, for smear."""
 
@@ -246,21 +246,21 @@ class Cache:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# optimizers: which weights learn how depends on what they are, so whoever changes the model should see this
+# optimizers: beside the model, because each kind of weight needs the optimizer that suits it
 
 
 def orthogonalize(x, dtype):
-    """About U V^T of each matrix U S V^T in x (B, M, N), computed in `dtype`: singular values end between 0.7 and 1.2.
+    """Approximately U V^T of each matrix U S V^T in x (B, M, N), in `dtype`: singular values end between 0.7 and 1.2.
 
-    Newton-Schulz iteration of fifth degree. Its coefficients, and the optimizer, are Jordan et al.'s (2024,
-    kellerjordan.github.io/posts/muon)."""
+    Quintic Newton-Schulz iteration, x ← a x + (b x xᵀ + c (x xᵀ)²) x, with the coefficients of Jordan et al. (2024,
+    kellerjordan.github.io/posts/muon), whose optimizer this is."""
     tall = x.size(1) > x.size(2)
     x = (x.mT if tall else x).to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # a norm of 1 bounds the singular values by 1
     for _ in range(5):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # b x xᵀ + c (x xᵀ)²
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)  # a x + polynomial x
     return x.mT if tall else x
 
 
@@ -278,7 +278,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            stacks = {}  # a GPU takes all matrices of one shape at once: a single one is too little work for it
+            stacks = {}  # on a GPU, all matrices of one shape together, since one alone would leave it idle
             for p in group["params"]:
                 if p.grad is not None:
                     stacks.setdefault(p.shape if p.is_cuda else id(p), []).append(p)
@@ -286,6 +286,7 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack([self.nesterov_update(p, group["momentum"]) for p in matrices])
                 for p, update in zip(matrices, orthogonalize(updates, self.dtype)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
+                    # scaled so that tall matrices change their outputs as much as square ones
                     p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
     def nesterov_update(self, p, momentum):
@@ -298,23 +299,23 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, args):
     """Muon for the matrices of the blocks and AdamW for all other weights, or AdamW for everything.
 
-    Embedding and head do not decay. Next to Muon, their AdamW averages gradients over fewer steps and squares over more
-    than usual, since most rows of an embedding have no gradient in most steps."""
+    Embedding and head do not decay. Next to Muon, their AdamW has betas of 0.7 and 0.99 instead of the usual 0.9 and
+    0.95, since most rows of an embedding have no gradient in most steps."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("blocks.")]
     if args.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
     _, fast = pick_device(str(model.head.weight.device))
-    muon_dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32  # float16 could overflow
+    muon_dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32  # by the device; float16 could overflow
     return [Muon(matrices, muon_dtype, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
             torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
 
 
-def learning_rate(progress, args):
-    """The learning rate after `progress` (0 to 1) of the run, as a share of its peak."""
+def lr_multiplier(progress, args):
+    """The learning rate after `progress` (0 to 1) of the run, divided by its peak: warm-up, then cosine or wsd."""
     if progress < args.warmup:
         return progress / args.warmup
     if args.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (progress - args.warmup) / (1 - args.warmup)))
-    return min(1.0, (1 - progress) / max(args.cooldown, 1e-9))
+    return min(1.0, (1 - progress) / max(args.cooldown, 1e-9))  # stable, then a linear decay to zero

@@ -230,6 +230,13 @@ def repair(text):
     return text if text.isascii() else MOJIBAKE.sub(decode, text)
 
 
+def cleaned_text(record, args):
+    """The story of a record, repaired if --clean says so. Where spans point into it, it must stay as it is."""
+    if args.clean and not record.get("spans"):
+        return repair(record["story"])
+    return record["story"]
+
+
 def fingerprint(story):
     """64 bits of a story's text, the same for copies that differ only in case, quotes and white space."""
     normal = " ".join(story.translate(QUOTES).lower().split())
@@ -241,7 +248,7 @@ def decide(chunk, file_split, args):
     the reason to remove the story. Copies are found later."""
     decisions = []
     for record in read_chunk(*chunk):
-        story = repair(record["story"]) if args.clean else record["story"]
+        story = cleaned_text(record, args)
         key = fingerprint(story)
         # The draw depends on the text alone, so that a story stays in its split when the corpus grows.
         drawn = "val" if key % 10**6 < args.val_fraction * 10**6 else "train"
@@ -259,7 +266,7 @@ def decide(chunk, file_split, args):
 def plan_dataset(files, args):
     """The plan, [(chunk, final decisions on its stories)], and a Counter of what cleaning did.
 
-    Of several copies the first stays. Files of val are read first, so that a story in both splits stays in val."""
+    Of several copies the first stays. Files of val are read first, so that a story in two files stays in val."""
     files = sorted(files, key=lambda file: ("val", None, "train").index(file[1]))
     tasks = [(chunk, split) for path, split in files for chunk in split_file(path)]
     plan, cleaning, stories = [], Counter(), {"train": 0, "val": 0}
@@ -295,8 +302,7 @@ def planned_records(chunk, decisions, args):
     """Yield (split, record) for each story of a chunk that stays: repaired, and with instructions, as options say."""
     for record, decision in zip(read_chunk(*chunk), decisions):
         if decision in ("train", "val"):
-            if args.clean:
-                record["story"] = repair(record["story"])
+            record["story"] = cleaned_text(record, args)
             if args.instruct:
                 record = instruct(record, decision, args.hold_out, args.seed)
             yield decision, record
@@ -541,6 +547,8 @@ def prepare(args):
     meta["instruct"] = {"hold_out": args.hold_out} if args.instruct else False
     with open(f"{new}/meta.json", "w") as file:
         json.dump(meta, file, indent=1)
+    if os.path.exists(f"{folder}/meta.json"):
+        os.remove(f"{folder}/meta.json")  # from here until the new one is there, readers see no dataset
     for name in ("train.bin", "val.bin", "val.skills.bin", "tokenizer.tiktoken", "meta.json"):
         os.replace(f"{new}/{name}", f"{folder}/{name}")
     if not totals["val", "spans"]:

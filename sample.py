@@ -19,11 +19,11 @@ from prepare import EOT, instruction, load_ranks, make_encoding
 def load_run(path, device="cpu", block_size=0):
     """(model, checkpoint, encoding) of a run's folder or a checkpoint file in it; the model in float32, for inference.
 
-    block_size: a context other than the one in training, which learned positions do not allow."""
+    block_size: another context than in training. Learned positions do not allow one."""
     checkpoint = load_checkpoint(path)
     config = GPTConfig(**checkpoint["model_config"])
     if block_size and config.pos == "learned" and block_size != config.block_size:
-        sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens: leave --context out")
+        sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens and no other")
     config.block_size = block_size or config.block_size
     model = GPT(config).to(device)
     model.load_state_dict(checkpoint["model"])
@@ -191,7 +191,7 @@ def command_line():
     parser.option("temperature", 0.8, "0 always takes the likeliest token, 1 draws by the model's probabilities", low=0)
     parser.option("top_k", 0, "draw from the k likeliest tokens only; 0 means all", low=0)
     parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability", low=1e-9)
-    parser.option("min_p", 0.0, "draw from tokens at least this many times as likely as the likeliest", low=0, high=1)
+    parser.option("min_p", 0.0, "draw from tokens of at least this share of the highest probability", low=0, high=1)
     parser.option("words", "", "words to use, for a model trained on instructions")
     parser.option("features", "", "features such as dialogue, for a model trained on instructions")
     parser.option("summary", "", "what happens, for a model trained on instructions")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import (Clock, CommandLine, check_resumable, keep_freed_memory, load_checkpoint, peak_flops, peak_memory,
                     run_main, save_checkpoint, start_processes, stop_signals, trim_log)
 from eval import evaluate_mix, skill_accuracy
-from model import GPT, POSITIONS, SIZES, GPTConfig, learning_rate, make_optimizers
+from model import GPT, POSITIONS, SIZES, GPTConfig, lr_multiplier, make_optimizers
 from prepare import load_meta, load_tokenizer, load_tokens
 from sample import write_stories
 
@@ -45,7 +45,7 @@ def command_line():
                   type=int, low=1)
     parser.option("block_size", 256, "context in tokens", low=2)
     parser.option("pos", "rope", "how positions are encoded", choices=POSITIONS)
-    parser.option("smear", True, "add a learned share of the previous embedding; False: the plain transformer")
+    parser.option("smear", True, "add a learned multiple of the previous embedding; False: the plain transformer")
     parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps tokens apart that are used alike, "
                   "such as + and -", low=0.001)
     parser.option("optimizer", "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw for all",
@@ -62,7 +62,7 @@ def command_line():
     parser.option("max_steps", 0, "length of the run in steps", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
     parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them", low=0)
-    parser.option("max_minutes", 0.0, "length of the run in minutes, after the first step, which compiles", low=0)
+    parser.option("max_minutes", 0.0, "length of the run in minutes; compiling and the first step do not count", low=0)
     parser.option("evals", 10, "evaluations, evenly spaced, with a sample and a checkpoint; the last at the end", low=0)
     parser.option("eval_stories", 500, "stories scored by all evaluations but the last; 0 means all", low=0)
     parser.option("log_interval", 10, "steps between two lines of the log", low=1)
@@ -95,7 +95,7 @@ def fill_defaults(args):
 
 
 def default_heads(n_embd):
-    """The largest number of heads that have at least 64 channels each, and an even number of them, as rope needs."""
+    """As many heads as possible of at least 64 channels, and of an even number of channels, as rope needs."""
     fitting = [n for n in range(1, n_embd // 64 + 1) if n_embd % (2 * n) == 0]
     return max(fitting, default=1)
 
@@ -109,7 +109,7 @@ def parse_mix(text):
     try:
         parts = [part.partition(":") for part in text.split(",")]
         weights = {name: float(weight or 1) for name, _, weight in parts}
-        if not all(0 <= weight < math.inf for weight in weights.values()):
+        if len(weights) < len(parts) or not all(0 <= weight < math.inf for weight in weights.values()):
             raise ValueError
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
     except (ValueError, ZeroDivisionError):
@@ -253,7 +253,7 @@ def read_own_checkpoint(run):
             sys.exit(f"{run.out_dir} holds a run: add --resume to continue it, or name another with --out_dir=out/NAME")
         return None
     checkpoint = load_checkpoint(path)
-    check_resumable(checkpoint, args, run.out_dir)
+    check_resumable(checkpoint, args, vars(command_line().parse_args([])), run.out_dir)
     if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
         sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
                  "run with another --out_dir")
@@ -339,7 +339,7 @@ def describe(run):
     """Say what is trained, on how much, and where."""
     args, model = run.args, run.model
     length = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{run.max_steps:,} steps"
-    run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens an epoch; {length} of {run.step_tokens:,} tokens "
+    run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
     # in float32: weights, gradients and two averages of AdamW, or one of Muon
@@ -348,7 +348,7 @@ def describe(run):
         numbers -= model.num_params(embedding=False)
     compiled = ", compiled" if run.compiled else ""
     run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embedding and head; "
-            f"{run.flops_per_token / 1e6:.1f} MFLOPs a token; weights, gradients and optimizer take "
+            f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; weights, gradients and optimizer take "
             f"{4 * numbers / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
 
 
@@ -360,7 +360,7 @@ def train(run, received):
     """Train until the run is done or a signal was received, and save it."""
     args = run.args
     bar = progress_bar(run)
-    progress, stopping = agree(run, received)
+    progress, stopping = sync_progress(run, received)
     while progress < 1 and not stopping:
         set_learning_rate(run, progress)
         evaluations = run.evaluations_due(progress)
@@ -382,7 +382,7 @@ def train(run, received):
             run.clock.start()
 
         # log
-        progress, stopping = agree(run, received)
+        progress, stopping = sync_progress(run, received)
         evaluating = progress < 1 and run.evaluations_due(progress) > evaluations
         logging = run.step % args.log_interval == 0 or evaluating or progress >= 1
         if logging or stopping:
@@ -394,7 +394,7 @@ def train(run, received):
             save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
         if evaluating:
             evaluate_and_save(run)
-            progress, stopping = agree(run, received)  # an evaluation takes time
+            progress, stopping = sync_progress(run, received)  # an evaluation takes time
     bar.close()
     run.clock.stop()
     save_run(run)
@@ -407,7 +407,7 @@ def progress_bar(run):
                 bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
 
 
-def agree(run, received):
+def sync_progress(run, received):
     """(progress, whether to stop) as the first process sees them: all processes must take the same steps."""
     state = torch.tensor([run.progress(), float(bool(received))], dtype=torch.float64)
     if run.processes > 1:
@@ -417,10 +417,10 @@ def agree(run, received):
 
 
 def set_learning_rate(run, progress):
-    """Set the learning rate of the next step; by steps, that of its middle."""
+    """Set the learning rate of the next step: the schedule at the middle of the step, or now for --max_minutes."""
     if not run.args.max_minutes:
         progress = (run.step + 0.5) / run.max_steps
-    lr = run.args.lr * learning_rate(progress, run.args)
+    lr = run.args.lr * lr_multiplier(progress, run.args)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -443,7 +443,7 @@ def update_weights(run):
         run.scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip or math.inf)
     for optimizer in run.optimizers:
-        if not run.scaler.is_enabled() or grad_norm.isfinite():  # in float16 an overflow skips the step, for all
+        if not run.scaler.is_enabled() or grad_norm.isfinite():  # an overflow in float16 skips the step of both optimizers
             run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -456,8 +456,9 @@ def log_step(run, loss, grad_norm, bar, write):
         dist.all_reduce(loss)
     train_loss = loss.item() / run.processes
     # a gradient that is not finite has already corrupted the weights, even if this step's loss was still good
-    if not math.isfinite(train_loss) or not (run.scaler.is_enabled() or grad_norm.isfinite()):
-        sys.exit(f"the loss is nan at step {run.step}; the last checkpoint stays: try a lower --lr than "
+    gradient_is_fine = grad_norm.isfinite() or run.scaler.is_enabled()  # the scaler skips such steps
+    if not math.isfinite(train_loss) or not gradient_is_fine:
+        sys.exit(f"loss or gradient is not finite at step {run.step}; the last checkpoint stays: try a lower --lr than "
                  f"{run.args.lr:g}, a longer --warmup, or --dtype=float32")
     run.train_loss = train_loss
     run.speed = run.clock.tokens_per_second((run.step - run.first_step - 1) * run.step_tokens)
@@ -500,9 +501,11 @@ def evaluate_and_save(run):
 
 
 def is_summarized(run):
-    """Whether the log of a finished run ends with the final scores, which an interruption may have prevented."""
+    """Whether the final scores of a finished run are in its log. An interruption may have prevented that."""
+    trim_log(run.log_path, run.step)
     with open(run.log_path, encoding="utf-8") as file:
-        return any("final" in json.loads(line) for line in file)
+        lines = [json.loads(line) for line in file]
+    return any("final" in line and line["step"] == run.step for line in lines)
 
 
 def finish(run):

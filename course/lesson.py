@@ -45,9 +45,9 @@ def start_process(stage, arguments):
         except KeyboardInterrupt:  # the stage receives Ctrl-C as well, and may need a while to save its work
             interrupted = True
     if interrupted:
-        raise KeyboardInterrupt("stopped: run the same command again to continue")
+        raise KeyboardInterrupt("stopped: run the same lesson again to continue")
     if process.returncode != 0:
-        sys.exit(f"{stage} failed (see above): correct the cause, then run the same command again to continue")
+        sys.exit(f"{stage} failed (see above): correct the cause, then run the same lesson again to continue")
 
 
 def train(out_dir, max_steps=0, **options):

@@ -40,9 +40,9 @@ TRAINING = ("this float32", "this FAST", "this FAST compiled", "this FAST compil
 
 
 def start_contender(name, settings, args):
-    """The process of a contender once it is ready, or None if it cannot run here. Its errors appear on stderr.
+    """Start a contender and wait until it is ready. Returns its process, or None if it cannot run here.
 
-    The one called `baseline` imports model.py, train.py and the rest from the other checkout."""
+    The one called `baseline` imports model.py, train.py and the rest from the other checkout. Errors go to stderr."""
     path = os.path.abspath(args.baseline) if name.startswith("baseline") else str(ROOT)
     settings = json.dumps([name, *settings, args.device, args.peer])
     # -P keeps lab/ off the path: its world.py would hide the world.py of an older, flat layout
@@ -57,14 +57,14 @@ def start_contender(name, settings, args):
 
 
 def race(title, names, args, task, shape, rows, alternate=False):
-    """Yield (figure, tokens/s of each round, note) of all contenders that can run here.
+    """Yield (figure, tokens/s of each round, note) for every contender that can run here.
 
     On a CPU they take turns. On a GPU, whose memory may hold only one, they follow each other unless `alternate`."""
     if not args.peer:
         names = [name for name in names if not name.startswith("nanoGPT")]
     if importlib.util.find_spec("transformers") is None:
         names = [name for name in names if not name.startswith("GPT-Neo")]
-    names = list(dict.fromkeys(name.replace("FAST", args.fast) for name in names))  # FAST may be float32
+    names = list(dict.fromkeys(name.replace("FAST", args.fast) for name in names))  # once each: FAST may be float32
     tokens = rows * (shape["block_size"] if task == "train" else NEW_TOKENS)
     for group in [names] if alternate or not args.on_gpu else [[name] for name in names]:
         processes = {name: start_contender(name, [task, shape, rows], args) for name in group}
@@ -91,7 +91,7 @@ def race(title, names, args, task, shape, rows, alternate=False):
 
 
 def measure_ceiling(args):
-    """The best that the hardware gives, for comparison with the figures below."""
+    """What the hardware reaches at best. The other figures can be judged against it."""
     device = torch.device(args.device)
     size = 8192 if args.on_gpu else 2048
     for dtype in dict.fromkeys(("float32", args.fast)):
@@ -127,12 +127,12 @@ def measure_sampling(args):
         if streams == 1 and not args.on_gpu:
             names.append(ONE_STREAM)
         if streams <= 16:
-            names.append("nanoGPT float32")  # which would take minutes for more
+            names.append("nanoGPT float32")  # with more it takes minutes
         yield from race(f"sampling 8x256, {streams} at once", names, args, "sample", shape_of(8, 256), streams)
 
 
 def measure_scoring(args):
-    """Scoring 1,765 stories of 204 tokens, 1.4 MB of TinyStories, with an untrained 28M model; and completions."""
+    """Seconds of scoring 1,765 stories of 204 tokens, which is 1.4 MB of TinyStories, and of 500 completions."""
     device = torch.device(args.device)
     model = GPT(GPTConfig(**shape_of(8, 512, vocab_size=4096))).to(device)
     tokens = np.random.default_rng(0).integers(1, 4096, 1765 * 204 + 1).astype(np.uint16)
@@ -147,7 +147,7 @@ def measure_scoring(args):
 
 
 def run_script(command, **settings):
-    """(seconds, peak MB of its largest process, what it prints) of a Python command, whose failure ends everything."""
+    """(seconds, peak MB of its largest process, what it prints) of a Python command. If it fails, this ends as well."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, **settings)
     output = process.stdout.read()
@@ -179,8 +179,7 @@ def train_nanogpt(args, shape):
             group["lr"] = args.peer_lr * min(1.0, progress / 0.02, 0.55 + 0.45 * math.cos(math.pi * progress))
         rows = np.stack([tokens[i:i + 257] for i in rng.integers(0, len(tokens) - 256, 16)])
         rows = torch.from_numpy(rows.astype(np.int64))
-        if args.on_gpu:
-            rows = rows.pin_memory().to(args.device, non_blocking=True)
+        rows = (rows.pin_memory() if args.on_gpu else rows).to(args.device, non_blocking=args.on_gpu)
         training_step(compiled, [optimizer], rows[:, :-1], rows[:, 1:], args.fast)
         step += 1
         if step == 1:
@@ -242,7 +241,7 @@ def measure_start(args):
 
 
 def measure_preparing(args):
-    """MB/s of prepare.py over stories of the built-in world; a number at their ends makes repeated ones differ."""
+    """MB/s of prepare.py over stories of the built-in world, repeated with another last sentence in each copy."""
     from lab.world import stories
     texts = [record["story"] for record in stories(30_000)]
     with tempfile.TemporaryDirectory() as folder:
@@ -256,10 +255,10 @@ def measure_preparing(args):
 
 
 def measure_writing(args):
-    """Stories/s of generate.py, its start included, from the fake server of its tests on this machine."""
+    """Stories/s of generate.py, its start included. The fake server of its tests answers, on the same machine."""
     missing = [name for name in ("openai", "pytest") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"generate: skipped, because it needs pip install {' '.join(missing)}")
+        print(f"generate: skipped; to measure it, pip install {' '.join(missing)}")
         return
     sys.path.append(str(ROOT / "tests"))
     from test_generate import Server
@@ -281,7 +280,7 @@ def read_options(argv):
     parser.option("dataset", "tinystories", "what quality, growth and start train on")
     parser.option("minutes", 4.0, "of training by train.py for quality; 0 leaves it out", low=0)
     parser.option("peer_minutes", 15.0, "of training nanoGPT for quality", low=0.01)
-    parser.option("tokens", 0, "train both on so many tokens instead; 0 keeps to the minutes", low=0)
+    parser.option("tokens", 0, "train both on this many tokens; 0: for the minutes above", low=0)
     parser.option("peer_lr", 8e-3, "nanoGPT's peak learning rate, from a sweep at 4x128 and 15 minutes", low=0)
     parser.option("peer", "", "a folder with nanoGPT's model.py")
     parser.option("baseline", "", "a folder with another checkout of this repository, for old")
@@ -292,11 +291,14 @@ def read_options(argv):
     parser.option("out", "", "a JSON file for the figures")
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
-    for part in args.only:
-        if part not in PARTS:
-            parser.error(f"--only={part} is none of {', '.join(PARTS)}")
-    if "old" in args.only and not Path(args.baseline or "?", "train.py").exists():
-        parser.error("the part `old` needs another checkout of this repository: add --baseline=FOLDER")
+    if not set(args.only) <= set(PARTS):
+        parser.error(f"--only={','.join(args.only)} must name some of {','.join(PARTS)}")
+    if "old" in args.only and not args.baseline:
+        parser.error("the part `old` compares with another checkout of this repository: add --baseline=FOLDER")
+    for option, file in (("peer", "model.py"), ("baseline", "train.py")):
+        folder = getattr(args, option)
+        if folder and not Path(folder, file).exists():
+            parser.error(f"--{option}={folder} has no {file}: name the folder that holds it")
     if not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", args.shapes):
         parser.error(f"--shapes={args.shapes} must look like 4x128,8x256")
     args.shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]

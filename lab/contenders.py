@@ -1,9 +1,8 @@
 """One contender of lab/benchmark.py, in a process of its own: this repository, an older checkout of it, or a peer.
 
-    python -P lab/contenders.py '["this float32 compiled", "train", {…shape…}, 16, "cpu", ""]'
-
-It builds a model and warms up, then computes one round for each line on stdin. A name says what the contender is:
-whose model, in which dtype, and perhaps `compiled` and `muon`.
+lab/benchmark.py starts it with the arguments of main() as JSON. Its name says what it is: whose model, in which dtype,
+and whether compiled or with Muon, as in "this bfloat16 compiled muon". Whose files are imported as model.py, train.py
+and sample.py depends on PYTHONPATH.
 """
 import importlib.util
 import json
@@ -65,15 +64,15 @@ class GPTNeo(torch.nn.Module):
         from transformers import GPTNeoConfig, GPTNeoForCausalLM
         self.model = GPTNeoForCausalLM(GPTNeoConfig(
             vocab_size=shape["vocab_size"], max_position_embeddings=shape["block_size"], hidden_size=shape["n_embd"],
-            num_layers=shape["n_layer"], num_heads=shape["n_head"], attention_dropout=0, embed_dropout=0,
-            resid_dropout=0, attention_types=[[["global", "local"], shape["n_layer"] // 2]]))
+            num_layers=shape["n_layer"], num_heads=shape["n_head"], bos_token_id=0, eos_token_id=0, attention_dropout=0,
+            embed_dropout=0, resid_dropout=0, attention_types=[[["global", "local"], shape["n_layer"] // 2]]))
 
     def forward(self, idx, targets):
         return self.model(idx, labels=targets).loss
 
     @torch.inference_mode()
     def write(self, first):
-        self.model.generate(first, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=True, pad_token_id=0)
+        self.model.generate(first, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=True, pad_token_id=1)
 
 
 def build_model(name, shape, peer):
@@ -100,7 +99,7 @@ def training_round(name, model, shape, rows, device):
     if isinstance(model, GPT):
         optimizer = "muon" if "muon" in name else "adamw"
         optimizers = make_optimizers(model, command_line().parse_args([f"--optimizer={optimizer}", "--lr=0.001"]))
-    else:  # fused on a GPU, as nanoGPT has it
+    else:  # nanoGPT uses the fused AdamW on a GPU
         optimizers = [torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")]
     if "compiled" in name:
         model = torch.compile(model)
@@ -118,7 +117,7 @@ def sampling_round(name, model, rows, device):
     else:
         model.to(getattr(torch, name.split()[1]))
     if isinstance(model, GPT):
-        return lambda: list(generate(model, [0], NEW_TOKENS, range(rows), eot=-1))  # no token is -1: none ends early
+        return lambda: list(generate(model, [0], NEW_TOKENS, range(rows), eot=-1))  # no token is -1, so none ends early
     first = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     return lambda: model.write(first)
 
@@ -145,11 +144,12 @@ def main(name, task, shape, rows, device, peer):
         keep_freed_memory()  # as train.py does
     if task == "train":
         compute = training_round(name, model, shape, rows, device)
-        warmups, repeats = 3, 10 if device.type == "cuda" else 1
+        warmups = 3  # the first one compiles
+        repeats = 10 if device.type == "cuda" else 1
     else:
         compute = sampling_round(name, model, rows, device)
-        warmups, repeats = 1, 1
-    seconds_of(compute, device, warmups)  # compiles, too
+        warmups = repeats = 1
+    seconds_of(compute, device, warmups)
     print("ready", flush=True)
     while sys.stdin.readline():
         print(json.dumps([seconds_of(compute, device, repeats), peak_memory(device)]), flush=True)

@@ -604,7 +604,7 @@ def ensure_prepared():
                 sys.exit(f"{source['file']} has changed since it was prepared: run python prepare.py --dataset=world")
         return
     if "RANK" in os.environ:
-        sys.exit("data/world is not prepared: run python -m lab.world and python prepare.py before torchrun")
+        sys.exit("data/world is not prepared: run python -m lab.world --n=50000 and python prepare.py before torchrun")
     if not os.path.exists(os.path.join("data", "world", "stories.jsonl")):
         print("data/world is empty: writing 50,000 stories of the built-in world (python -m lab.world)")
         write(50_000)

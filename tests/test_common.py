@@ -72,7 +72,7 @@ def test_handlers_of_signals_are_restored_after_an_error():
 
 
 def test_a_cpu_without_bfloat16_takes_float32_and_warns_of_the_other(monkeypatch, capsys):
-    monkeypatch.setattr(common, "cpu_has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: False)
     assert pick_device("cpu") == (torch.device("cpu"), torch.float32) and not capsys.readouterr().err
     assert pick_device("cpu", "bfloat16")[1] == torch.bfloat16
     assert "leave --dtype out" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_bad_checkpoints_end_in_one_line(tmp_path):
         (tmp_path / "ckpt.pt").write_bytes(content)
         with pytest.raises(SystemExit, match="ckpt.pt cannot be read"):
             load_checkpoint(str(tmp_path))
-    with pytest.raises(SystemExit, match="is no checkpoint of train.py"):
+    with pytest.raises(SystemExit, match="is not a checkpoint"):
         load_checkpoint(str(tmp_path / "whole.pt"))
 
 

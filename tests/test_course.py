@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import lab.interpret
 import train
 from conftest import make_stories, write_jsonl
+from eval import read_spans
 
 COURSE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "course")
 sys.path.insert(0, COURSE)
@@ -22,7 +26,7 @@ import lesson  # noqa: E402
 SMALL = {
     "lab.world": ["--n=300"],
     "train.py": ["--batch_tokens=256", "--compile=False", "--dtype=float32", "--device=cpu"],
-    "eval.py": ["--spans=1", "--device=cpu"],
+    "eval.py": ["--probes=probes.json", "--spans=1", "--device=cpu"],
     "lab.completions": ["--each=1", "--max_tokens=5", "--device=cpu"],
     "lab.interpret": ["--stories=10", "--device=cpu"],
 }
@@ -45,16 +49,26 @@ def prepared_world(tmp_path_factory):
         patch.chdir(folder)
         run_here("lab.world", [])
         run_here("prepare.py", ["--dataset=world", "--vocab_size=600"])
-        run_here("prepare.py", ["--dataset=tinystories", "--input=data/world", "--tokenizer=world"])
+        Path("data/tinystories").mkdir()
+        shutil.copy("data/world/stories.jsonl", "data/tinystories")
+        run_here("prepare.py", ["--dataset=tinystories", "--input=data/tinystories", "--tokenizer=world"])
+        with open(os.path.join(COURSE, "..", "data", "probes.json"), encoding="utf-8") as probes:
+            Path("probes.json").write_text(json.dumps(json.load(probes)[::50]), encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def classroom(prepared_world, monkeypatch):
-    """Lessons run in that folder and their stages in this process; train.py does not write stories at its end."""
+    """Lessons run in that folder and their stages in this process, without what takes them longest."""
     monkeypatch.chdir(prepared_world)
     monkeypatch.setattr(lesson, "start_process", run_here)
     monkeypatch.setattr(train, "write_stories", lambda *args, **settings: [])
+    monkeypatch.setattr(train, "skill_accuracy", lambda *args: {})
+    monkeypatch.setattr(lab.interpret, "ABLATION_STORIES", 1)
+    monkeypatch.setattr(lab.interpret, "read_spans", lambda dataset, limit, **by: read_spans(dataset, 1, **by))
+    torch.set_num_threads(1)  # on a busy machine, two threads would mostly wait for each other in such small models
+    yield
+    torch.set_num_threads(2)
 
 
 @pytest.mark.parametrize("script, options, run, sections", [
@@ -137,5 +151,5 @@ def test_ctrl_c_lets_the_stage_save_and_ends_the_whole_script(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
-    assert "run the same command again" in errors
+    assert "run the same lesson again" in errors
     assert (tmp_path / "first").exists() and not (tmp_path / "second").exists()

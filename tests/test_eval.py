@@ -144,6 +144,7 @@ def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
         record["story"] = record["story"][:span["start"]] + span["wrong"] + record["story"][span["end"]:]
         span.update(end=span["start"] + len(span["wrong"]), wrong=right)
     write_jsonl(workplace / "data/x/stories.jsonl", records)
+    prepare(["--dataset=x", "--tokenizer=x"])
     assert eval.skill_accuracy(model, "x")["reasoning"] == pytest.approx(1 - np.mean(expected))
 
 
@@ -237,6 +238,15 @@ def test_marked_words_are_found_where_the_stories_lie(workplace):
     assert "bits_per_byte" not in load_meta("asked")["val"]  # what the instructions cost is not known
 
 
+def test_spans_of_stories_that_no_record_assigns_to_a_split_are_probes(in_prepared):
+    """data/tiny was split by hash: exactly the stories of its val.bin are graded."""
+    encoding = load_tokenizer("tiny")
+    val = [encoding.decode(ids.tolist()) for ids in eval.split_stories(load_tokens("tiny", "val"), encoding.eot_token)]
+    probes = eval.read_spans("tiny", 1000)
+    assert len(probes) == len(val) > 10
+    assert all(any(story.startswith(p["prompt"] + p["right"][0]) for story in val) for p in probes)
+
+
 def test_runs_that_differ_in_what_they_learn_are_told_apart(run, in_prepared):
     """A seed and housekeeping make no other experiment; another length or context does."""
     checkpoint = load_checkpoint(run)
@@ -276,12 +286,12 @@ def test_probes_are_asked_after_what_the_model_expects(workplace):
 
 def test_skills_are_followed_over_the_steps_of_a_run(in_prepared, capsys):
     train.main(["--dataset=tiny", "--n_layer=1", "--n_embd=32", "--block_size=64", "--max_steps=9", "--evals=0",
-                "--out_dir=out/kept", "--batch_tokens=256", "--compile=False", "--device=cpu", "--keep=log"])
-    eval.main(["out/kept", "--only=steps", "--device=cpu"])
-    steps = read_results("out/kept")["steps"]
+                "--out_dir=out/kept-steps", "--batch_tokens=256", "--compile=False", "--device=cpu", "--keep=log"])
+    eval.main(["out/kept-steps", "--only=steps", "--device=cpu"])
+    steps = read_results("out/kept-steps")["steps"]
     assert [point[0] for point in steps["probes"]["fact"]] == [1, 2, 4, 8]
-    eval.main(["out/kept/ckpt-0000004.pt", "--only=probes", "--device=cpu"])  # a checkpoint can be graded by itself
-    with open("out/kept/ckpt-0000004.eval.json") as f:
+    eval.main(["out/kept-steps/ckpt-0000004.pt", "--only=probes", "--device=cpu"])  # a checkpoint can be graded by itself
+    with open("out/kept-steps/ckpt-0000004.eval.json") as f:
         assert json.load(f)["probes"]["fact"][0] == steps["probes"]["fact"][2][2]
 
 

@@ -239,6 +239,10 @@ def test_story_and_summary_are_found_in_what_models_put_around_them(text):
     assert generate.split_answer(text) == ("A cat sat.\n\nIt slept.", "It slept.")
 
 
+def test_the_quotation_mark_that_opens_a_story_stays():
+    assert generate.split_answer('**Story:** "Come here," said Tom.\nSummary: Tom calls.')[0] == '"Come here," said Tom.'
+
+
 def test_a_run_writes_one_whole_record_a_story(capsys):
     with Server(lambda prompt, times: time.sleep(0.02)) as server:
         run(server, "--n=30", "--concurrency=4", "--price_in=1", "--price_out=3")

@@ -318,6 +318,18 @@ CORPUS = "\n".join(r["story"] for r in make_stories(300)) + " aaaa aaaaaa banana
 UNSEEN = "Zoë's 3 bananas aren't aaaaaaa here…\n\tShe'll   jump, the tiny drummer said: “Olé!” 日本 🙂 _ok_ 1½ "
 
 
+def test_a_story_with_spans_is_not_repaired(workplace):
+    """A repair shortens the text, and the spans would point to other words."""
+    story = "Tim said that he donâ€™t want the red ball. " * 4
+    spans = [{"start": story.index("ball"), "end": story.index("ball") + 4, "skill": "fact", "wrong": "kite"}]
+    records = [{"story": f"{story}{i}.", "spans": spans, "split": "val" if i % 5 == 0 else "train"} for i in range(20)]
+    write_jsonl(workplace / "data/x/stories.jsonl", records)
+    prepare.main(["--dataset=x", "--vocab_size=300"])
+    encoding, labels = prepare.load_tokenizer("x"), prepare.load_tokens("x", "val.skills")
+    ids = prepare.load_tokens("x", "val")[labels == 2].tolist()
+    assert "ball" in encoding.decode(ids) and set(encoding.decode(ids).split()) == {"ball"}
+
+
 def test_bpe_agrees_with_an_independent_trainer():
     """Hugging Face's trainer makes the same merges in the same order, and the same ids of unseen text."""
     words = Counter(word.encode() for word in regex.findall(prepare.WORDS, CORPUS))

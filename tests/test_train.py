@@ -87,8 +87,9 @@ def test_each_epoch_visits_every_block_once_in_a_new_order():
 
 def test_mix_weights_sum_to_one():
     assert train.parse_mix("a:1,b:3") == {"a": 0.25, "b": 0.75} and train.parse_mix("a") == {"a": 1.0}
-    with pytest.raises(SystemExit, match="name:weight"):
-        train.parse_mix("a:x")
+    for mix in ("a:x", "a:1,a:2"):
+        with pytest.raises(SystemExit, match="name:weight"):
+            train.parse_mix(mix)
 
 
 # --- optimizer and schedule ---------------------------------------------------------------------------------------
@@ -133,10 +134,10 @@ def test_muon_takes_torchs_steps_in_any_precision(dtype, device):
 def test_schedules_rise_and_fall():
     args = train.command_line().parse_args(["--warmup=0.1", "--cooldown=0.5"])
     for args.schedule, expected in (("wsd", [0, 0.5, 1, 1, 0.5, 0]), ("cosine", [0, 0.5, 1, 0.5868, 0.1786, 0])):
-        found = [model_file.learning_rate(p, args) for p in (0, 0.05, 0.1, 0.5, 0.75, 1)]
+        found = [model_file.lr_multiplier(p, args) for p in (0, 0.05, 0.1, 0.5, 0.75, 1)]
         assert found == pytest.approx(expected, abs=1e-4)
     args = train.command_line().parse_args(["--cooldown=0"])
-    assert model_file.learning_rate(0.5, args) == model_file.learning_rate(0.999, args) == 1
+    assert model_file.lr_multiplier(0.5, args) == model_file.lr_multiplier(0.999, args) == 1
 
 
 def test_the_logged_loss_is_the_mean_over_the_whole_step(in_prepared):
@@ -147,7 +148,7 @@ def test_the_logged_loss_is_the_mean_over_the_whole_step(in_prepared):
     assert whole[0]["train_loss"] == pytest.approx(math.log(load_meta("tiny")["vocab_size"]), abs=1e-4)
     for a, b in zip(whole, turns):
         assert a == pytest.approx(b, rel=1e-4)
-    factors = [model_file.learning_rate((step + 0.5) / 3, train.command_line().parse_args([])) for step in range(3)]
+    factors = [model_file.lr_multiplier((step + 0.5) / 3, train.command_line().parse_args([])) for step in range(3)]
     assert [line["lr"] for line in whole if "lr" in line] == pytest.approx([0.002 * f for f in factors])
     assert factors[0] == 1 > factors[1] > factors[2]
 
@@ -161,13 +162,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(in_prepared, monkeypatch, opti
     options = ["--max_steps=20", "--batch_size=2", f"--optimizer={optimizer}"]
     run(f"straight-{optimizer}", *options)
 
-    def stop_at_8(*args, real=train.learning_rate, calls=[]):
+    def stop_at_8(*args, real=train.lr_multiplier, calls=[]):
         calls.append(1)
         if len(calls) == 8:
             signal.raise_signal(signal.SIGTERM)
         return real(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", stop_at_8)
+        patch.setattr(train, "lr_multiplier", stop_at_8)
         run(f"stopped-{optimizer}", *options)
     assert load_checkpoint(f"out/stopped-{optimizer}")["step"] == 8
     run(f"stopped-{optimizer}", *options, "--resume")
@@ -215,7 +216,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(in_prepared):
-    with pytest.raises(SystemExit, match=r"the loss is nan at step 2;.*lower --lr"):
+    with pytest.raises(SystemExit, match=r"not finite at step 2;.*lower --lr"):
         run("nan", "--max_steps=50", "--optimizer=adamw", "--lr=1e30", "--warmup=0.001")
 
 
@@ -274,6 +275,8 @@ def test_an_option_added_since_does_not_hinder_resuming(in_prepared):
     checkpoint = load_checkpoint("out/older")
     del checkpoint["args"]["cooldown"]
     common.save_checkpoint(checkpoint, "out/older/ckpt.pt")
+    with pytest.raises(SystemExit, match="--cooldown=0.6, not 0.3"):  # it was trained as the default says
+        run("older", "--max_steps=4", "--resume", "--cooldown=0.3")
     run("older", "--max_steps=4", "--resume")
     assert load_checkpoint("out/older")["step"] == 4
 
@@ -290,6 +293,15 @@ def test_a_run_interrupted_while_it_was_scored_is_scored_when_resumed(in_prepare
     assert "\nval_bpb: " in capsys.readouterr().out
     run("unscored", "--max_steps=3", "--resume")
     assert "is finished" in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # made longer, its old scores do not count
+        patch.setattr(train, "skill_accuracy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("unscored", "--max_steps=5", "--resume")
+    with open("out/unscored/log.jsonl", "a") as log:
+        log.write('{"step": 5, "fin')  # as a kill leaves it
+    capsys.readouterr()
+    run("unscored", "--max_steps=5", "--resume")
+    assert "\nval_bpb: " in capsys.readouterr().out
 
 
 def test_as_many_evaluations_are_made_as_were_asked_for(in_prepared, monkeypatch):
@@ -349,11 +361,11 @@ def test_compiling_leaves_no_trace_in_the_weights(in_prepared, monkeypatch):
 
 
 def test_minutes_count_from_the_end_of_the_first_step(in_prepared, monkeypatch):
-    def slow_at_first(*args, real=train.learning_rate, calls=[]):
+    def slow_at_first(*args, real=train.lr_multiplier, calls=[]):
         calls.append(1)
         time.sleep(1 if len(calls) == 1 else 0)  # as compiling is
         return real(*args)
-    monkeypatch.setattr(train, "learning_rate", slow_at_first)
+    monkeypatch.setattr(train, "lr_multiplier", slow_at_first)
     run("minutes", "--max_minutes=0.01", "--evals=0")
     assert load_checkpoint("out/minutes")["step"] > 1
 
@@ -436,7 +448,7 @@ def test_the_run_ends_with_a_summary_to_grep(in_prepared, capsys):
     summary = dict(line.split(":", 1) for line in out.split("\n\n")[-1].splitlines())
     assert {"val_bpb", "val_loss", "train_loss", "steps", "tokens", "tokens_per_second", "seconds"} <= summary.keys()
     assert float(summary["val_loss"]) < math.log(512) and int(summary["tokens"]) == 30 * 256
-    assert "Story 3:" in out and "MFLOPs a token" in out and "tokens an epoch" in out
+    assert "Story 3:" in out and "MFLOPs per token" in out and "tokens per epoch" in out
 
 
 def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
