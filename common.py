@@ -103,7 +103,7 @@ def run_main(main):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# files
+# files: a file that somebody else reads is written under a temporary name and renamed, so that it is never half there
 
 
 @contextlib.contextmanager
@@ -251,7 +251,7 @@ def stop_signals():
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# runs
+# runs: finding, loading, saving and continuing them. A run is a folder with ckpt.pt, log.jsonl and tokenizer.tiktoken
 
 
 def newest_run():

@@ -30,7 +30,9 @@ SECTIONS = ("loss", "probes", "spans", "steps")
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# the metric: bits per byte
+# the metric: bits per byte. Nats per token cannot be compared across tokenizers, and random windows measure another
+# thing each time. So every story is scored once, from its own beginning, and the sum is divided by the bytes of the
+# text.
 
 
 def windows(tokens, eot, block_size):
@@ -117,7 +119,8 @@ def split_stories(tokens, eot):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# loss by skill
+# loss by skill: the bits per byte with an interval and, if prepare.py wrote val.skills.bin, the loss of the words that
+# need grammar, a fact, context or reasoning.
 
 
 def interval(numerators, denominators=None):
@@ -185,7 +188,9 @@ def sum_by_story(values, starts):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# probes: dicts of skill, kind, prompt, right and wrong continuations, and perhaps `after`, the word that follows
+# probes: dicts of skill, kind, prompt, right and wrong continuations, and perhaps `after`, the word that follows. They
+# come from data/probes.json, or are made from spans: the words that stories mark as needing a skill, each with a
+# tempting wrong answer. A span becomes a probe whose prompt is the story up to it.
 
 
 def read_list(option, path, is_valid):
@@ -214,7 +219,7 @@ def read_spans(dataset, limit, by="skill"):
 
 @functools.lru_cache(8)
 def span_probes(dataset, path, modified):
-    """Every marked word of a file's stories that are in val.bin, as a probe. The date `modified` keeps the cache fresh."""
+    """Every span of a file's stories that are in val.bin, as a probe. The date `modified` keeps the cache fresh."""
     if not os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
         return []
     meta, encoding, probes = load_meta(dataset), load_tokenizer(dataset), []
@@ -311,7 +316,8 @@ def grade_probes(subject, probes, counts):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# what is graded, and where the figures go
+# what is graded, and where the figures go. Each command of eval.py or of the laboratory adds its sections to the
+# eval.json of a run, and leaves those of others as they are.
 
 
 @dataclass

@@ -38,7 +38,8 @@ with open(WORDS_FILE, encoding="utf-8") as file:
     IRREGULAR = json.load(file)["forms"]
 
 # -----------------------------------------------------------------------------------------------------------------
-# words and their inflections
+# words and their inflections: to ask for random words, and to see whether a story has them in any form. lab/world.py
+# uses the same rules to write.
 
 
 def load_words(path):
@@ -100,7 +101,8 @@ def missing_words(words, story):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# what to ask for, and what to make of an answer
+# what to ask for, and what to make of an answer. Asked for "a story", even the best models tell the same few over and
+# over. Three random words and some random features in each prompt make a corpus diverse (Eldan & Li 2023).
 
 
 def plans(n, seed, lists):
@@ -348,7 +350,8 @@ def open_to_append(path):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# the corpus, and the command line
+# the corpus, and the command line. A story's number decides what is asked for, so a run can be continued, or made
+# longer, from its files alone.
 
 
 def lock(path):

@@ -38,7 +38,7 @@ def load_run(path, device="cpu", block_size=0):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# drawing tokens
+# drawing tokens. Each new token is one forward pass: the cache holds the keys and values of all tokens before it.
 
 
 def pick(logits, draws, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

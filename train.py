@@ -35,6 +35,7 @@ from sample import write_stories
 
 
 def command_line():
+    # an option without a default here gets one from fill_defaults
     parser = CommandLine(__doc__.split("\n")[0])
     parser.option("dataset", "world", "folder under data/, or a mix: name:weight,name:weight")
     parser.option("out_dir", "", "the run's folder (default: out/<dataset>-<layers>x<width>)")
@@ -101,7 +102,9 @@ def default_heads(n_embd):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# data
+# data: the token bins are read as one long stream, cut into rows of block_size tokens without regard to where stories
+# begin. Within a row, a story may see the end of the one before it. Rows that begin at a story learn hardly better, and
+# repeat some tokens while they leave out others (docs/log.md).
 
 
 def parse_mix(text):
@@ -173,7 +176,8 @@ class TrainData:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# a run
+# a run: what it consists of, and how it is saved and continued. Every process of torchrun has a Run of its own, with
+# the same data, weights and step; process 0 alone writes files and prints.
 
 
 class Run:
@@ -189,7 +193,7 @@ class Run:
         self.log_path = os.path.join(self.out_dir, "log.jsonl")
         checkpoint = read_own_checkpoint(self)  # None if the run is new
 
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the same initial weights in every process
         self.config = GPTConfig(self.data.metas[self.data.first]["vocab_size"], args.block_size, args.n_layer,
                                 args.n_head, args.n_embd, args.pos, args.smear)
         self.model = GPT(self.config, args.embed_std).to(self.device)
@@ -299,7 +303,7 @@ def save_run(run):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# before the first step
+# before the first step. Everything that can be refused has been refused before this begins.
 
 
 def compile_model(run):
@@ -353,7 +357,7 @@ def describe(run):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# the loop
+# the loop. The functions below it are its parts, in the order in which it calls them.
 
 
 def train(run, received):
@@ -389,7 +393,7 @@ def train(run, received):
             log_step(run, loss, grad_norm, bar, write=logging)
         bar.update(progress * bar.total - bar.n)
 
-        # evaluate and save
+        # evaluate, and save so that no more than the steps since then can be lost
         if args.keep == "log" and run.step & (run.step - 1) == 0 and run.rank == 0:  # a power of two
             save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
         if evaluating:
@@ -443,7 +447,7 @@ def update_weights(run):
         run.scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip or math.inf)
     for optimizer in run.optimizers:
-        if not run.scaler.is_enabled() or grad_norm.isfinite():  # an overflow in float16 skips the step of both optimizers
+        if not run.scaler.is_enabled() or grad_norm.isfinite():  # after an overflow in float16 neither steps
             run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -451,7 +455,9 @@ def update_weights(run):
 
 
 def log_step(run, loss, grad_norm, bar, write):
-    """Check the loss of a step, show it and, if `write`, log it. Reading it waits for a GPU to finish the step."""
+    """Check the loss of a step, show it and, if `write`, log it. Reading the loss waits for a GPU.
+
+    A step that is only logged because the run was stopped is not written: an uninterrupted run has no such line."""
     if run.processes > 1:
         dist.all_reduce(loss)
     train_loss = loss.item() / run.processes
@@ -476,6 +482,7 @@ def log_step(run, loss, grad_norm, bar, write):
 
 
 def time_left(run):
+    """The speed, and the minutes that the rest of the run will take if it stays like that."""
     minutes = run.clock.seconds() * (1 / max(1e-9, run.progress()) - 1) / 60
     return f"{run.speed:,.0f} tokens/s, about {minutes:.1f} minutes left"
 
@@ -497,7 +504,7 @@ def evaluate_and_save(run):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# after the last step
+# after the last step. The run is saved by now, so an interruption costs only the scoring, which --resume repeats.
 
 
 def is_summarized(run):

@@ -32,7 +32,7 @@ def read_run(run):
     log = os.path.join(folder, "log.jsonl")
     if os.path.exists(log):
         with open(log, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+            records = [json.loads(line) for line in file if line.endswith("\n")]  # a run may be writing the last one
     return results, [record for record in records if "val_bpb" in record]
 
 
