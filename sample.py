@@ -190,7 +190,8 @@ def command_line():
     parser.option("max_tokens", 500, "length limit of a story", low=1)
     parser.option("temperature", 0.8, "0 always takes the likeliest token, 1 draws by the model's probabilities", low=0)
     parser.option("top_k", 0, "draw from the k likeliest tokens only; 0 means all", low=0)
-    parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability", low=1e-9)
+    parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability", low=1e-9,
+                  high=1)
     parser.option("min_p", 0.0, "draw from tokens of at least this share of the highest probability", low=0, high=1)
     parser.option("words", "", "words to use, for a model trained on instructions")
     parser.option("features", "", "features such as dialogue, for a model trained on instructions")

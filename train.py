@@ -556,10 +556,10 @@ def main(argv=None):
     if run.progress() < 1:
         if run.device.type == "cpu":
             keep_freed_memory()
-        compile_model(run)
-        open_run_folder(run)
-        describe(run)
-        with stop_signals() as received:
+        with stop_signals() as received:  # around compiling too, in which torch can swallow a KeyboardInterrupt
+            compile_model(run)
+            open_run_folder(run)
+            describe(run)
             train(run, received)
     elif is_summarized(run):
         run.say(f"{run.out_dir} is finished (step {run.step:,}): give a longer run to continue it, or grade it with "

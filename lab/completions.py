@@ -1,5 +1,4 @@
-"""Let a model continue beginnings of stories, and measure what it writes: length, repetition, diversity, and whether it
-follows instructions.
+"""Let a model continue beginnings of stories, and measure its text: length, repetition, diversity, instructions.
 
     python -m lab.completions out/a
 
