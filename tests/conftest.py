@@ -1,5 +1,6 @@
 """What several tests need: a small corpus, and a folder to work in that holds it prepared."""
 import json
+import os
 import random
 from types import SimpleNamespace
 
@@ -106,3 +107,12 @@ def run(prepared):
         train.main(["--dataset=tiny", "--n_layer=2", "--n_embd=64", "--block_size=64", "--max_steps=60", "--evals=0",
                     "--out_dir=out/sampled", "--batch_tokens=1024", "--compile=False", "--device=cpu"])
     return "out/sampled"
+
+
+@pytest.fixture
+def fine(in_prepared):
+    """data/fine: stories of more than 75 tokens, since its vocabulary is small, no two of which begin alike."""
+    if not os.path.exists("data/fine/meta.json"):
+        write_jsonl(in_prepared / "data/fine/stories.jsonl", [
+            {"story": f"Tale {i}. {record['story']}"} for i, record in enumerate(make_stories(300))])
+        prepare(["--dataset=fine", "--vocab_size=280", "--val_fraction=0.1"])

@@ -1,6 +1,5 @@
 """lab/corpus.py: diversity is what a plain count gives, and memorised text is found wherever it stands."""
 import json
-import os
 
 import numpy as np
 import pytest
@@ -8,16 +7,6 @@ import pytest
 from conftest import Parrot, make_stories, stand_in, write_jsonl
 from lab import corpus
 from prepare import load_meta, load_tokens
-from prepare import main as prepare
-
-
-@pytest.fixture
-def fine(in_prepared):
-    """data/fine: stories of more than 75 tokens, since its vocabulary is small, no two of which begin alike."""
-    if not os.path.exists("data/fine/meta.json"):
-        write_jsonl(in_prepared / "data/fine/stories.jsonl", [
-            {"story": f"Tale {i}. {record['story']}"} for i, record in enumerate(make_stories(300))])
-        prepare(["--dataset=fine", "--vocab_size=280", "--val_fraction=0.1"])
 
 
 def test_stories_are_described_side_by_side(workplace, capsys):

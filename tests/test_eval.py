@@ -290,7 +290,8 @@ def test_skills_are_followed_over_the_steps_of_a_run(in_prepared, capsys):
     eval.main(["out/kept-steps", "--only=steps", "--device=cpu"])
     steps = read_results("out/kept-steps")["steps"]
     assert [point[0] for point in steps["probes"]["fact"]] == [1, 2, 4, 8]
-    eval.main(["out/kept-steps/ckpt-0000004.pt", "--only=probes", "--device=cpu"])  # a checkpoint can be graded by itself
+    # a checkpoint can be graded by itself
+    eval.main(["out/kept-steps/ckpt-0000004.pt", "--only=probes", "--device=cpu"])
     with open("out/kept-steps/ckpt-0000004.eval.json") as f:
         assert json.load(f)["probes"]["fact"][0] == steps["probes"]["fact"][2][2]
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from common import load_checkpoint
-from conftest import error_of, make_stories, write_jsonl
+from conftest import error_of
 from eval import split_stories
 from lab import judge
 from prepare import load_meta, load_tokenizer, load_tokens
-from prepare import main as prepare
 from test_generate import Server, answer
 
 PROMPTS = ["Once upon a time Tim went to the", "One day Lily saw a red ball and"]
@@ -27,15 +26,6 @@ Creativity: 5
 Consistency with the beginning: {}
 Plot: 4.5
 Age group: B"""
-
-
-@pytest.fixture
-def fine(in_prepared):
-    """data/fine: stories of more than 75 tokens, since its vocabulary is small, no two of which begin alike."""
-    if not os.path.exists("data/fine/meta.json"):
-        write_jsonl(in_prepared / "data/fine/stories.jsonl", [
-            {"story": f"Tale {i}. {record['story']}"} for i, record in enumerate(make_stories(300))])
-        prepare(["--dataset=fine", "--vocab_size=280", "--val_fraction=0.1"])
 
 
 @pytest.fixture
