@@ -142,7 +142,7 @@ def interval(numerators, denominators=None):
 
 
 def grade_loss(subject, dataset):
-    """Bits per byte with its interval. Where words are labelled with the skill they need, also the loss of these, and
+    """Bits per byte with its interval. Where words are labeled with the skill they need, also the loss of these, and
     how much of the text and of the whole loss they are: the mean loss hardly sees a rare skill."""
     meta, tokens, encoding = load_meta(dataset), np.asarray(load_tokens(dataset, "val")), load_tokenizer(dataset)
     stories = [encoding.decode(ids.tolist()) for ids in split_stories(tokens, meta["eot"])]

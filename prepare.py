@@ -344,7 +344,7 @@ BYTES = sorted(range(256), key=lambda b: (not (33 <= b <= 126 or 161 <= b <= 172
 def train_bpe(words, vocab_size):
     """Learn ranks from {word's bytes: how often it occurs}.
 
-    Every word starts as single bytes. In each step the most frequent pair of neighbouring tokens becomes a new token;
+    Every word starts as single bytes. In each step the most frequent pair of neighboring tokens becomes a new token;
     among equally frequent pairs, the one with the smallest ids. Only the words that contain the pair are counted anew.
     Training ends at vocab_size - 1 tokens, as <|endoftext|> takes the last id, or when no pair occurs twice."""
     tokens = [bytes([b]) for b in BYTES]
@@ -375,7 +375,7 @@ def train_bpe(words, vocab_size):
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         for i in holders.pop(pair):
             spell(i, merge(spellings[i], pair, new))
-            new_pairs.update(neighbours for neighbours in pairwise(spellings[i]) if new in neighbours)
+            new_pairs.update(neighbors for neighbors in pairwise(spellings[i]) if new in neighbors)
         for new_pair in new_pairs:
             heapq.heappush(heap, (-counts[new_pair], new_pair))
     return {token: i for i, token in enumerate(tokens)}

@@ -116,7 +116,7 @@ def measure_old(args):
         names = [f"baseline FAST {options}", f"this FAST {options}"]
         results = list(race("training 4x128", names, args, "train", shape_of(4, 128), 16, alternate=True))
         yield from results
-        if len(results) == 2:  # the ratio of two neighbouring rounds hardly drifts
+        if len(results) == 2:  # the ratio of two neighboring rounds hardly drifts
             (_, before, _), (_, after, _) = results
             yield f"… this / baseline, {options}", [new / old for old, new in zip(before, after)], ""
 

@@ -92,7 +92,7 @@ def merge_curves(curves):
 # -----------------------------------------------------------------------------------------------------------------
 # charts: SVG inside a page that loads nothing, needs no script, and follows the reader's light or dark theme
 
-# the colours of series, --c0 to --c7, are legible on white and on black
+# the colors of series, --c0 to --c7, are legible on white and on black
 STYLE = """
 :root { color-scheme: light dark; --faint: color-mix(in srgb, currentColor 20%, transparent); --c0: #2f80d0;
   --c1: #cc5f10; --c2: #1f8a55; --c3: #b8479a; --c4: #8a7400; --c5: #0b8494; --c6: #d0454a; --c7: #7465d8 }
@@ -104,7 +104,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
 th:first-child, td:first-child { text-align: left; white-space: normal }
 """
-COLOURS = 8
+COLORS = 8
 LEFT, RIGHT, TOP, BOTTOM = 48, 410, 20, 240  # what the axes enclose, in a drawing 420 wide and 284 high
 
 
@@ -138,7 +138,7 @@ def chart(title, x_label, y_label, series, log_x=False, lines=True):
     for number, (name, points) in enumerate(series.items()):
         if points:
             drawing += draw_series(x_axis, y_axis, name, points, number, lines)
-            legend += f'<span><span style="color: var(--c{number % COLOURS})">●</span> {escape(name)}</span>\n'
+            legend += f'<span><span style="color: var(--c{number % COLORS})">●</span> {escape(name)}</span>\n'
     return (f'<figure><figcaption>{escape(title)}</figcaption>'
             f'<svg viewBox="0 0 420 284" font-size="12" role="img" aria-label="{escape(title)}">{drawing}</svg>'
             f'<div class="legend">{legend}</div></figure>\n')
@@ -203,18 +203,18 @@ def draw_axes(x_axis, y_axis, x_label, y_label):
 
 def draw_series(x_axis, y_axis, name, points, number, lines):
     """SVG of one series: a line, and for each point a dot and its interval. A line of many points has no dots."""
-    colour = f"var(--c{number % COLOURS})"
+    color = f"var(--c{number % COLORS})"
     svg = ""
     if lines:
         line = "L".join(f"{x_axis.place(x)} {y_axis.place(y)}" for x, _, y, _ in points)
-        dashes = ' stroke-dasharray="4"' if number >= COLOURS else ""
-        svg += f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>'
+        dashes = ' stroke-dasharray="4"' if number >= COLORS else ""
+        svg += f'<path d="M{line}" fill="none" stroke="{color}" stroke-width="1.8"{dashes}/>'
     if lines and len(points) > 40:
         return svg
     for x, low, y, high in points:
         column = x_axis.place(x)
         interval = f'<path d="M{column} {y_axis.place(low)}V{y_axis.place(high)}"/>' if low < high else ""
-        svg += (f'<g stroke="{colour}" fill="{colour}"><title>{escape(name)}: {x:,g}, {y:.4g}</title>{interval}'
+        svg += (f'<g stroke="{color}" fill="{color}"><title>{escape(name)}: {x:,g}, {y:.4g}</title>{interval}'
                 f'<circle cx="{column}" cy="{y_axis.place(y)}" r="2.5"/></g>')
     return svg
 

@@ -1,7 +1,7 @@
-"""Measure how diverse files of stories are, and how much of its corpus a model has memorised.
+"""Measure how diverse files of stories are, and how much of its corpus a model has memorized.
 
     python -m lab.corpus a.jsonl b.txt      files of stories, side by side
-    python -m lab.corpus out/a              a run: "memorisation of NAME", also added to its eval.json"""
+    python -m lab.corpus out/a              a run: "memorization of NAME", also added to its eval.json"""
 import glob
 import os
 import re
@@ -76,7 +76,7 @@ def openings(records):
 
 
 def names(records):
-    """The commonest names: words capitalised within a sentence that rarely occur in lower case."""
+    """The commonest names: words capitalized within a sentence that rarely occur in lower case."""
     stories_with, lower_case = Counter(), Counter()
     for record in records:
         stories_with.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", record["story"])))
@@ -145,7 +145,7 @@ def describe_files(patterns):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# memorisation
+# memorization
 
 
 def match_lengths(query, corpus, n=5, piece=2**20):
@@ -208,7 +208,7 @@ def complete_stories(subject, dataset, split, max_tokens, n_stories=100):
     return [subject.encoding.decode(ids) for ids, in completions], endings
 
 
-def memorisation(subject, dataset, max_tokens):
+def memorization(subject, dataset, max_tokens):
     """{figure: value} of 100 train stories that the model completes from their first words: how much of the true ending
     comes back, and how much occurs anywhere in train.
 
@@ -236,15 +236,15 @@ def memorisation(subject, dataset, max_tokens):
 
 
 def grade_runs(runs, args):
-    """Print the memorisation of runs, a column for each, and add it to their eval.json."""
+    """Print the memorization of runs, a column for each, and add it to their eval.json."""
     device, _ = pick_device(args.device, "float32")
     results = {}
     for run in runs:
         subject = load_subject(run, device, args.dataset)
         results[run] = {}
         for dataset in subject.datasets:
-            title = f"memorisation of {dataset}"
-            results[run][title] = memorisation(subject, dataset, args.max_tokens)
+            title = f"memorization of {dataset}"
+            results[run][title] = memorization(subject, dataset, args.max_tokens)
             add_section(subject, title, results[run][title])
     print_table(figure_rows(results))
 

@@ -40,7 +40,7 @@ ABLATION_STORIES = 40  # number of stories on which the loss is measured with ea
 
 KINDS = ("punctuation", "function", "noun", "verb", "adjective", "name", "other")
 NOUN = KINDS.index("noun")
-FIRST, LATER, CAPITAL = 1, 2, 3  # first and later mentions of the main character; other capitalised words
+FIRST, LATER, CAPITAL = 1, 2, 3  # first and later mentions of the main character; other capitalized words
 WORD = r"[^\W\d_]+"
 FUNCTION_WORDS = """a an the this that these those my your his her its our their some any no every each all both another
     i you he she it we they me him them us who what which whose something everyone and or but so because if when while
@@ -78,23 +78,23 @@ def word_kinds():
     return kinds
 
 
-def capitalised_words(text):
-    """{word: count} of the capitalised words within sentences, in the order of the text."""
+def capitalized_words(text):
+    """{word: count} of the capitalized words within sentences, in the order of the text."""
     return Counter(re.findall(r"(?<=[\w,] )[A-Z][^\W\d_]+", text))
 
 
 def find_names(texts):
-    """The words that are capitalised within sentences, and hardly ever written in lower case."""
-    capitalised = sum(map(capitalised_words, texts), Counter())
+    """The words that are capitalized within sentences, and hardly ever written in lower case."""
+    capitalized = sum(map(capitalized_words, texts), Counter())
     lower = Counter(word for word in re.findall(WORD, "\n".join(texts)) if word.islower())
-    return {word for word, n in capitalised.items() if lower[word.lower()] < n / 10} - NOT_NAMES
+    return {word for word, n in capitalized.items() if lower[word.lower()] < n / 10} - NOT_NAMES
 
 
 def label_characters(text, names, dictionary):
     """(kinds, roles) of the words that the characters of a text belong to; entry 0 stands before the first character.
 
     The main character is the name that occurs most often within the sentences of this story."""
-    counts = capitalised_words(text)
+    counts = capitalized_words(text)
     main_character = max((word for word in counts if word in names), key=counts.get, default=None)
     kinds, roles = np.zeros((2, 1 + len(text)), int)  # outside words: punctuation, no role
     for match in re.finditer(WORD, text):
@@ -423,7 +423,7 @@ class Activations:
         self.top = torch.zeros(EXCERPTS, n_neurons, device=device)  # the highest of all
         self.places = torch.zeros(EXCERPTS, n_neurons, dtype=torch.int64, device=device)  # where these are
         self.by_token = torch.zeros(vocab_size, n_neurons, device=device)  # the highest on each token
-        self.capitalised = []  # (P, M) of each batch: all at its capitalised words
+        self.capitalized = []  # (P, M) of each batch: all at its capitalized words
 
     def add(self, hidden, batch):
         """Add the activations (N, M) at the N real tokens of a batch."""
@@ -431,7 +431,7 @@ class Activations:
         self.by_token.scatter_reduce_(0, ids, hidden, "amax")
         self.top, rows = torch.cat((self.top, hidden)).topk(EXCERPTS, dim=0)
         self.places = torch.cat((self.places, place)).gather(0, rows)
-        self.capitalised.append(hidden[batch.role[batch.real] > 0])
+        self.capitalized.append(hidden[batch.role[batch.real] > 0])
 
 
 @torch.inference_mode()
@@ -449,7 +449,7 @@ def study_neurons(model, stories, shuffle=False, title="neurons"):
             layers = [x[torch.randperm(len(x), device=device)] for x in layers]
         activations.add(torch.cat(layers, dim=1), batch)
     neurons = describe_neurons(activations, stories, index)
-    return neurons, rank_main_character(torch.cat(activations.capitalised), stories, index)
+    return neurons, rank_main_character(torch.cat(activations.capitalized), stories, index)
 
 
 def describe_neurons(activations, stories, index):
@@ -474,12 +474,12 @@ def make_records(index, columns):
 
 def rank_main_character(hidden, stories, index):
     """[{layer, neuron, chosen by, later, capital}], the best first: the AUROC with which a neuron's activation tells
-    the first mention of the main character from later ones, and from other capitalised words.
+    the first mention of the main character from later ones, and from other capitalized words.
 
-    hidden (P, M): activations at all capitalised words. Neurons are ranked by one half of the stories, "chosen by", and
+    hidden (P, M): activations at all capitalized words. Neurons are ranked by one half of the stories, "chosen by", and
     measured on the other: the best of thousands owe part of their rank to luck."""
-    capitalised = stories.role > 0
-    roles, half = stories.role[capitalised], stories.place[capitalised] // stories.ids.size(1) % 2  # (P,)
+    capitalized = stories.role > 0
+    roles, half = stories.role[capitalized], stories.place[capitalized] // stories.ids.size(1) % 2  # (P,)
     groups = [(half == i) & (roles == role) for i in (0, 1) for role in (FIRST, LATER, CAPITAL)]
     if not all(group.any() for group in groups):
         return []
@@ -648,7 +648,7 @@ def study(name, args, device):
         "logit lens": logit_lens(model, encoding, exclusions)}
 
 
-def summarise(results):
+def summarize(results):
     """The sections "heads" and "neurons" of eval.json."""
     heads, shares = results["heads"], results["shares"]
     types = Counter(head["type"] for head in heads)
@@ -684,7 +684,7 @@ def main(argv=None):
             json.dump(results, file, ensure_ascii=False)
         with atomic_write(subject.path("interpret.html")) as file:
             file.write(run_page(results))
-        for title, figures in summarise(results).items():
+        for title, figures in summarize(results).items():
             add_section(subject, title, figures)
         print(f"{subject.path('interpret.html')} and interpret.json are written")
 

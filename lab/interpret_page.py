@@ -137,7 +137,7 @@ def main_character_section(results):
     rows = [[name, record["later"], record["capital"]] for name, record in zip(names[:5], ranked)]
     rows += [["the untrained model's best", record["later"], record["capital"]]
              for record in results["untrained main character"]]
-    aurocs = table(["AUROC of the first mention against", "later mentions", "other capitalised words"], rows)
+    aurocs = table(["AUROC of the first mention against", "later mentions", "other capitalized words"], rows)
     ablated = results["main character ablated"]
     losses = table(["rise of the loss, in nats per token, without", "at later mentions", "elsewhere",
                     "at later mentions, ablated at the first alone"],

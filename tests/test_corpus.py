@@ -1,4 +1,4 @@
-"""lab/corpus.py: diversity is what a plain count gives, and memorised text is found wherever it stands."""
+"""lab/corpus.py: diversity is what a plain count gives, and memorized text is found wherever it stands."""
 import json
 
 import numpy as np
@@ -79,7 +79,7 @@ def test_a_parrot_is_found_out(fine):
     """A model that knows train by heart repeats the true endings, and writes nothing after the beginnings of val."""
     meta = load_meta("fine")
     parrot = Parrot(load_tokens("fine", "train"), meta["eot"], meta["vocab_size"])
-    figures = corpus.memorisation(stand_in(parrot, "fine"), "fine", max_tokens=300)
+    figures = corpus.memorization(stand_in(parrot, "fine"), "fine", max_tokens=300)
     assert figures["Rouge-2 precision against the true ending, train"] == [1, 1, 1]
     assert figures["Rouge-2 precision against the true ending, val"] is None
     assert figures["5-grams of tokens that stand in train, train completed"] == [1, 1, 1]
@@ -88,14 +88,14 @@ def test_a_parrot_is_found_out(fine):
     assert figures["… the longest of all, val completed"] == 0
 
 
-def test_memorisation_of_a_run_is_printed_and_added_to_its_results(run, fine, capsys):
+def test_memorization_of_a_run_is_printed_and_added_to_its_results(run, fine, capsys):
     corpus.main([run, "--dataset=fine", "--max_tokens=20", "--device=cpu"])
     with open(f"{run}/eval.json", encoding="utf-8") as file:
-        figures = json.load(file)["memorisation of fine"]
+        figures = json.load(file)["memorization of fine"]
     low, high = figures["5-grams of tokens that stand in train, true endings of val"][1:]
     assert 0 < low <= high <= 1 and "max_tokens=20" in figures["measured with"]
     out = capsys.readouterr().out
-    assert "memorisation of fine" in out and "longest run that stands in train, val completed" in out
+    assert "memorization of fine" in out and "longest run that stands in train, val completed" in out
 
 
 @pytest.mark.parametrize("names, expected", [

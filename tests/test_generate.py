@@ -338,7 +338,7 @@ def test_faults_that_pass_cost_nothing_but_time():
     assert server.keys == {f"Bearer {KEY}"}
 
 
-def test_retry_after_is_honoured():
+def test_retry_after_is_honored():
     times = []
     with Server(lambda prompt, n: times.append(time.time()) or (
             fault(429, retry_after="1", retry_after_ms="") if n == 1 else None)) as server:

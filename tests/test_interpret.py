@@ -372,7 +372,7 @@ def test_the_sections_of_eval_json_sum_the_figures_up(written):
     assert results["main character"] == []  # these stories are too short to name one twice
     assert "main character neuron, AUROC" not in neurons
     best = {"main character": [{"later": 0.9}], "untrained main character": [{"later": 0.6}]}
-    neurons = interpret.summarise({**results, **best})["neurons"]
+    neurons = interpret.summarize({**results, **best})["neurons"]
     assert neurons["main character neuron, AUROC"] == 0.9
     assert neurons["untrained main character neuron, AUROC"] == 0.6
     assert heads["measured with"] == neurons["measured with"] == "30 stories of hostile"

@@ -11,7 +11,7 @@ POSITIONS = ("rope", "alibi", "learned", "none")
 
 
 def make_model(seed=0, **settings):
-    """A small model whose zero-initialised weights are random instead, so that every part has an effect."""
+    """A small model whose zero-initialized weights are random instead, so that every part has an effect."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**dict(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=32), **settings}))
     for p in model.parameters():

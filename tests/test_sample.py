@@ -127,14 +127,14 @@ def test_text_streams_on_after_bytes_that_are_no_text(capsys):
 
 
 def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
-    typed = "Tim saw\n/temperature=0\n/\n/colour=red\n/top_k=-1\nTim saw\nTim saw\n"
+    typed = "Tim saw\n/temperature=0\n/\n/color=red\n/top_k=-1\nTim saw\nTim saw\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     sample.main([f"--out_dir={run}", "--interactive", "--max_tokens=20", "--device=cpu"])
     out = capsys.readouterr().out
     told = [line for line in out.replace("> ", "\n").splitlines() if line.startswith("Tim saw")]
     assert len(told) == 3 and told[1] == told[2]
     assert "/temperature=0.0" in out and "top_k=-1 must be at least 0" in out
-    assert "/colour=red is not a setting" in out
+    assert "/color=red is not a setting" in out
 
 
 @pytest.mark.parametrize("options, expected", [
