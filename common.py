@@ -1,4 +1,6 @@
-"""What the stages share: the command line, running a main, files, devices and processes, and runs on disk."""
+"""What the stages share: the command line, running a main, files, devices and processes, and runs on disk.
+
+Nothing here is about language models. Read a stage first, and come here for a function that it calls."""
 import argparse
 import contextlib
 import ctypes
@@ -36,14 +38,17 @@ class CommandLine(argparse.ArgumentParser):
 
     def option(self, name, default, help, type=None, choices=None, low=None, high=None):
         """Add `--name`, of its default's type; legal values lie between `low` and `high`, both included."""
-        if isinstance(default, bool):  # `--name` alone means True
-            type = parse_bool
+        metavar = name.upper()  # what --help shows as the value
+        if choices:
+            metavar = "{" + ",".join(str(choice) for choice in choices if choice != "") + "}"
+        if isinstance(default, bool):  # a switch: `--name` alone means True
+            type, metavar = parse_bool, "{True,False}"
             self.switches.add(f"--{name}")
         if default not in (None, "") and "default:" not in help:
             help += f" (default: {default})"
         self.ranges[name] = (low, high)
         self.add_argument(f"--{name}", default=default, type=type or default.__class__, choices=choices,
-                          help=help.replace("%", "%%"), metavar=None if choices else name.upper())
+                          help=help.replace("%", "%%"), metavar=metavar)  # argparse formats help with %
 
     def problem(self, name, value):
         """One line that says what is wrong with a value of `--name`, or "" if nothing is."""
@@ -58,6 +63,7 @@ class CommandLine(argparse.ArgumentParser):
         return ""
 
     def parse_args(self, args=None, namespace=None):
+        """The options as a namespace; args=None reads those of this process."""
         args = sys.argv[1:] if args is None else args
         args = [arg + "=True" if arg in self.switches else arg for arg in args]
         known, unknown = self.parse_known_intermixed_args(args, namespace)
@@ -72,6 +78,7 @@ class CommandLine(argparse.ArgumentParser):
         return known
 
     def error(self, message):
+        """End with one line. argparse would print the whole usage before it."""
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -235,7 +242,9 @@ def start_processes(device, dtype):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. The next signal ends it."""
+    """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. The next signal ends it.
+
+    A training loop looks at the list between two steps, where it can save its work."""
     received = []
 
     def receive(number, frame):
@@ -254,12 +263,20 @@ def stop_signals():
 # runs: finding, loading, saving and continuing them. A run is a folder with ckpt.pt, log.jsonl and tokenizer.tiktoken
 
 
+def existing_runs():
+    """The folders under out/ that hold a checkpoint."""
+    return [os.path.dirname(path) for path in sorted(glob.glob(os.path.join("out", "*", "ckpt.pt")))]
+
+
 def newest_run():
     """The folder under out/ whose run was logged last. Dates of files do not tell: copying a folder changes them."""
-    runs = [os.path.dirname(path) for path in glob.glob(os.path.join("out", "*", "ckpt.pt"))]
+    runs = existing_runs()
     if not runs:
         sys.exit("no trained model in out/: run python train.py first")
-    return max(runs, key=last_logged)
+    newest = max(runs, key=last_logged)
+    if len(runs) > 1:
+        print(f"taking {newest}, the newest of {len(runs)} runs in out/", file=sys.stderr)
+    return newest
 
 
 def last_logged(run):
@@ -277,7 +294,8 @@ def load_checkpoint(path):
     import torch
     path = path if path.endswith(".pt") else os.path.join(path, "ckpt.pt")
     if not os.path.exists(path):
-        sys.exit(f"no checkpoint {path}: run python train.py --out_dir={os.path.dirname(path)} first")
+        runs = ", ".join(existing_runs())
+        sys.exit(f"no checkpoint {path}: " + (f"choose from {runs}" if runs else "run python train.py first"))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:

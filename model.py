@@ -1,5 +1,6 @@
 """The transformer, its key-value cache, and the optimizers that fit its weights.
 
+Read GPT.forward first: it calls everything above it. Logits of shape (B, T, V) come from token ids (B, T).
 Shapes in comments: B batch, T tokens, C channels (n_embd), H heads, D channels of a head, S keys, V vocabulary."""
 import math
 import sys
@@ -79,6 +80,8 @@ def attend(q, k, v, mask):
 
 
 class Attention(nn.Module):
+    """Causal multi-head self-attention: every position reads from itself and the earlier ones."""
+
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -106,6 +109,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices with a squared ReLU between them (So et al. 2021, arXiv 2109.08668): each position by itself.
+
+    Most of its hidden activations are exactly zero and none is negative, so that a neuron can be read."""
+
     def __init__(self, config):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
@@ -117,6 +124,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP. Each reads the normed residual stream x, and adds to it what it has computed."""
+
     def __init__(self, config):
         super().__init__()
         self.attn = Attention(config)
@@ -157,6 +166,7 @@ class GPT(nn.Module):
         self.init_weights(embed_std)
 
     def init_weights(self, embed_std):
+        """Draw all weights. With a standard deviation of 1/sqrt(C), a matrix's outputs are about as large as its inputs."""
         for name, p in self.named_parameters():
             if name.endswith("proj.weight") or name == "head.weight":
                 nn.init.zeros_(p)  # every block starts as the identity, and all tokens are equally likely
@@ -277,6 +287,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update each matrix by its momentum, made orthogonal, and shrink it by lr * weight_decay."""
         for group in self.param_groups:
             stacks = {}  # on a GPU, all matrices of one shape together, since one alone would leave it idle
             for p in group["params"]:
@@ -290,6 +301,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
     def nesterov_update(self, p, momentum):
+        """Add the gradient to its running average, and return a mean of both, which looks one step ahead."""
         if not self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)

@@ -4,6 +4,9 @@
     python sample.py --num_samples=8 --temperature=1                  eight at once
     python sample.py --interactive                                    type beginnings, the model continues them
     python sample.py --words="run, dog, red" --features="dialogue"    for a model trained with prepare.py --instruct
+
+A model gives a probability to every token that could come next. `pick` draws one of them, `generate` does so again and
+again until <|endoftext|> is drawn, and the rest of this file turns text into tokens and back.
 """
 import os
 import sys
@@ -73,6 +76,7 @@ def generate(model, ids, max_tokens, seeds, eot, **settings):
     depend on the batch it is written in. When the context is full, the later half of it is read again and the rest is
     forgotten. settings: see `pick`."""
     device, block_size = model.head.weight.device, model.config.block_size
+    # text: all tokens so far; unread: those that the model has not seen yet, at first all of them, later the newest one
     text = torch.tensor(ids, device=device).expand(len(seeds), -1)  # (B, T)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = torch.stack([torch.rand(max_tokens, generator=g) for g in generators]).to(device)  # (B, max_tokens)
@@ -80,11 +84,11 @@ def generate(model, ids, max_tokens, seeds, eot, **settings):
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
     unread = text
     for i in range(max_tokens):
-        if cache.length + unread.size(1) > block_size:
+        if cache.length + unread.size(1) > block_size:  # the context is full, or the prompt is too long for it
             cache.length = 0
             unread = text[:, -max(1, block_size // 2):]
         token = pick(model(unread, cache=cache)[:, -1], draws[:, i], **settings)
-        token = torch.where(ended, eot, token)
+        token = torch.where(ended, eot, token)  # the batch goes on until its longest story has ended
         ended |= token == eot
         yield token
         if ended.all():
@@ -105,6 +109,7 @@ def speed_up_single_rows(model, parts=2):
 
 
 def single_row_forward(layer, parts):
+    """A forward function for one linear layer, which multiplies in `parts` if it is given a single row."""
     any_rows = layer.forward
     weight = layer.weight.detach().view(parts, -1, layer.in_features)  # a view: nothing is copied
 
@@ -142,21 +147,23 @@ def stream_story(model, encoding, prompt, max_tokens, seed, **settings):
 def chat(model, encoding, instructions, settings, parser):
     """Read beginnings from the terminal and continue them. A line like /temperature=0.5 changes a setting."""
     print("Type the beginning of a story, and the model continues it. An empty line lets the model begin.\n"
-          "/temperature=0.5 changes a setting, / shows them all, Ctrl-C ends.")
+          "/temperature=0.5 changes a setting, / shows them all, /quit or Ctrl-C ends.")
     while True:
         try:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        if line.strip() in ("/quit", "/exit"):
+            return
         if line.startswith("/"):
             change_setting(line[1:].strip(), settings, parser)
             continue
         try:
             stream_story(model, encoding, instructions + line, **settings)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # ends this story, not the program
             print()
-        settings["seed"] += 1
+        settings["seed"] += 1  # else the same beginning would always get the same story
 
 
 def change_setting(text, settings, parser):
@@ -166,7 +173,7 @@ def change_setting(text, settings, parser):
         print("  ".join(f"/{key}={current}" for key, current in settings.items()))
         return
     try:
-        value = type(settings[name])(value)
+        value = type(settings[name])(value)  # int or float, as the setting is now
     except (KeyError, ValueError):
         print(f"/{text} is not a setting: choose from {', '.join(settings)}")
         return
@@ -220,7 +227,7 @@ def read_prompt(args):
 def read_instructions(args, checkpoint):
     """What stands before the story for a model trained on instructions, and "" for any other model."""
     fields = {name: getattr(args, name) for name in ("features", "words", "summary") if getattr(args, name)}
-    instructed = checkpoint.get("instruct")  # None in checkpoints that do not say
+    instructed = checkpoint.get("instruct")  # whether its stories had instructions; None if the checkpoint is older
     if fields and instructed is False:
         sys.exit(f"this model has not learned instructions: leave out --{next(iter(fields))}, or train a model on a "
                  "dataset made with prepare.py --instruct")

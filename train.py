@@ -8,6 +8,12 @@
     python train.py … --resume                            continue a run that was stopped
 
 Writes out/<run>/ckpt.pt and log.jsonl, and ends with a summary of `name: value` lines.
+
+The file reads from top to bottom: the options, the data, the run, what happens before the first step, the loop
+(`train`) with its parts, and what happens after the last step. `main`, at the end, is the table of contents.
+
+A step trains on --batch_tokens tokens. They are rows of --block_size tokens, split into micro batches that fit into
+memory: the gradients of the micro steps add up to those of the whole batch (gradient accumulation).
 """
 import contextlib
 import functools
@@ -35,10 +41,11 @@ from sample import write_stories
 
 
 def command_line():
-    # an option without a default here gets one from fill_defaults
+    """All options. Those whose default is None depend on others: fill_defaults() sets them."""
     parser = CommandLine(__doc__.split("\n")[0])
     parser.option("dataset", "world", "folder under data/, or a mix: name:weight,name:weight")
     parser.option("out_dir", "", "the run's folder (default: out/<dataset>-<layers>x<width>)")
+    # the shape of the model
     parser.option("size", "", "a shape of the paper", choices=("", *SIZES))
     parser.option("n_layer", None, "layers (default: as --size says, else 4)", type=int, low=1)
     parser.option("n_embd", None, "width (default: as --size says, else 128)", type=int, low=1)
@@ -49,6 +56,7 @@ def command_line():
     parser.option("smear", True, "add a learned multiple of the previous embedding; False: the plain transformer")
     parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps tokens apart that are used alike, "
                   "such as + and -", low=0.001)
+    # how it learns
     parser.option("optimizer", "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw for all",
                   choices=("muon", "adamw"))
     parser.option("lr", None, "peak learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float, low=0)
@@ -60,14 +68,17 @@ def command_line():
     parser.option("clip", 1.0, "maximum norm of the gradient; 0 means no limit", low=0)
     parser.option("batch_tokens", 4096, "total batch size in tokens, over all micro steps and processes", low=1)
     parser.option("batch_size", 32, "maximum micro-batch size in rows; the rest is gradient accumulation", low=1)
+    # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
     parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them", low=0)
     parser.option("max_minutes", 0.0, "length of the run in minutes; compiling and the first step do not count", low=0)
+    # what happens along the way
     parser.option("evals", 10, "evaluations, evenly spaced, with a sample and a checkpoint; the last at the end", low=0)
     parser.option("eval_stories", 500, "stories scored by all evaluations but the last; 0 means all", low=0)
     parser.option("log_interval", 10, "steps between two lines of the log", low=1)
     parser.option("keep", "", "log: also keep the weights after 1, 2, 4, 8, … steps", choices=("", "log"))
+    # where it starts, and on what machine
     parser.option("init_from", "", "start from the weights of another run")
     parser.option("resume", False, "continue this run")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
@@ -104,7 +115,7 @@ def default_heads(n_embd):
 # -----------------------------------------------------------------------------------------------------------------
 # data: the token bins are read as one long stream, cut into rows of block_size tokens without regard to where stories
 # begin. Within a row, a story may see the end of the one before it. Rows that begin at a story learn hardly better, and
-# repeat some tokens while they leave out others (docs/log.md).
+# repeat some tokens while they leave out others (docs/log.md). The files are mapped into memory, and never loaded whole.
 
 
 def parse_mix(text):
@@ -119,8 +130,9 @@ def parse_mix(text):
         sys.exit(f"--dataset={text} must be a name, or name:weight,name:weight")
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(32)  # a shuffle takes longer than a step
 def row_order(n_rows, seed, epoch):
+    """The order in which an epoch visits the rows of a dataset, (n_rows,)."""
     return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
 
@@ -143,7 +155,7 @@ class TrainData:
 
     def __init__(self, args):
         self.seed, self.length = args.seed, args.block_size
-        self.mix = parse_mix(args.dataset)
+        self.mix = parse_mix(args.dataset)  # {name: weight}
         if "world" in self.mix:
             from lab.world import ensure_prepared  # only here: the stages do without the laboratory
             ensure_prepared()
@@ -151,12 +163,14 @@ class TrainData:
         self.first = next(iter(self.mix))
         self.tokenizer = self.metas[self.first]["tokenizer"]["sha256"]
         self.hashes = [meta["train"]["sha256"] for meta in self.metas.values()]
-        self.tokens = []  # of each dataset
+        self.tokens = []  # of each dataset, a memory-mapped array
         for name, meta in self.metas.items():
             tokens = load_tokens(name, "train")
             if meta["tokenizer"]["sha256"] != self.tokenizer:
-                sys.exit(f"{self.first} and {name} have different tokenizers: "
-                         f"run python prepare.py --dataset={name} --tokenizer={self.first}")
+                # the tokenizer of the larger dataset suits both better
+                smaller, larger = sorted((name, self.first), key=lambda each: self.metas[each]["train"]["bytes"])
+                sys.exit(f"{self.first} and {name} have different tokenizers: run python prepare.py "
+                         f"--dataset={smaller} --tokenizer={larger}")
             if len(tokens) <= args.block_size:
                 sys.exit(f"{name} has {len(tokens)} train tokens, fewer than a row: lower --block_size or add stories")
             self.tokens.append(tokens)
@@ -166,6 +180,7 @@ class TrainData:
     def batch(self, step, count):
         """The rows of a step, (count, block_size + 1) int64: each comes from a dataset drawn by the mix's weights."""
         weights = list(self.mix.values())
+        # every process draws the same numbers, and so does a resumed run: they depend on the seed and the step alone
         source = np.random.default_rng((self.seed, step)).choice(len(self.tokens), count, p=weights)
         rows = np.empty((count, self.length + 1), np.int64)
         for i, tokens in enumerate(self.tokens):
@@ -193,13 +208,16 @@ class Run:
         self.log_path = os.path.join(self.out_dir, "log.jsonl")
         checkpoint = read_own_checkpoint(self)  # None if the run is new
 
+        # the model, and what it learns with
         torch.manual_seed(args.seed)  # the same initial weights in every process
         self.config = GPTConfig(self.data.metas[self.data.first]["vocab_size"], args.block_size, args.n_layer,
                                 args.n_head, args.n_embd, args.pos, args.smear)
         self.model = GPT(self.config, args.embed_std).to(self.device)
-        self.forward = self.model  # later compiled, and shared among processes
+        self.forward = self.model  # compile_model() wraps it; the weights are the same
         self.optimizers = make_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+        # how far it has come, and how far it will go
         self.step, self.clock = 0, Clock(0.0)
         if checkpoint:
             restore(self, checkpoint)
@@ -209,6 +227,7 @@ class Run:
         self.flops_per_token = self.model.flops_per_token()
         tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000
         self.max_steps = args.max_steps or math.ceil(tokens / self.step_tokens)
+        self.compiling = should_compile(self)
 
     def progress(self):
         """The share of the run that is done, from 0 to 1 or a little above."""
@@ -223,6 +242,7 @@ class Run:
         return self.step * self.args.evals // self.max_steps  # in whole numbers, which do not round
 
     def autocast(self):
+        """The context in which matrix products run in `dtype`. The weights and the sums stay in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def say(self, text):
@@ -256,8 +276,11 @@ def read_own_checkpoint(run):
         if os.path.exists(path):
             sys.exit(f"{run.out_dir} holds a run: add --resume to continue it, or name another with --out_dir=out/NAME")
         return None
+    if not os.path.exists(path):
+        sys.exit(f"there is no run in {run.out_dir} to continue: leave --resume out, or name a run with --out_dir")
     checkpoint = load_checkpoint(path)
     check_resumable(checkpoint, args, vars(command_line().parse_args([])), run.out_dir)
+    # the walk over the rows goes on where it stopped, which has a meaning only in the same bins
     if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
         sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
                  "run with another --out_dir")
@@ -271,7 +294,7 @@ def restore(run, checkpoint):
         optimizer.load_state_dict(state)
     if checkpoint["scaler"]:  # empty unless the run was in float16
         run.scaler.load_state_dict(checkpoint["scaler"])
-    run.step, run.data.rows_read = checkpoint["step"], checkpoint["used"]
+    run.step, run.data.rows_read = checkpoint["step"], checkpoint["rows_read"]
     run.clock = Clock(checkpoint["seconds"])
 
 
@@ -297,7 +320,7 @@ def save_run(run):
     """Save all that --resume needs."""
     if run.rank == 0:
         state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-                 "scaler": run.scaler.state_dict(), "seconds": run.clock.seconds(), "used": run.data.rows_read,
+                 "scaler": run.scaler.state_dict(), "seconds": run.clock.seconds(), "rows_read": run.data.rows_read,
                  "data_hashes": run.data.hashes}
         save_checkpoint({**weights_of(run), **state}, os.path.join(run.out_dir, "ckpt.pt"))
 
@@ -306,29 +329,17 @@ def save_run(run):
 # before the first step. Everything that can be refused has been refused before this begins.
 
 
-def compile_model(run):
-    """Compile the forward pass if that pays off, and share it among processes.
-
-    Compiling takes about half a minute and makes a step up to twice as fast."""
-    args = run.args
-    if args.max_minutes:
-        is_long = args.max_minutes > 2
-    else:  # FLOPs that take some two minutes without compiling
-        is_long = run.max_steps * run.step_tokens * run.flops_per_token > (2e13 if run.device.type == "cpu" else 5e15)
-    run.compiled = args.compile == "True" or (args.compile == "auto" and is_long and run.device.type != "mps")
-    if run.compiled:
-        try:
-            run.forward = torch.compile(run.model)
-            idx = torch.zeros(run.micro_batch, args.block_size + 1, dtype=torch.int64, device=run.device)
-            with run.autocast():
-                loss = run.forward(idx[:, :-1], idx[:, 1:]).mean()
-            loss.backward()
-        except Exception as error:  # no compiler, an old GPU, …: the plain model trains as well
-            run.say(f"compiling fails here ({error.__class__.__name__}): going on without it, more slowly")
-            run.forward, run.compiled = run.model, False
-        run.model.zero_grad(set_to_none=True)  # that batch was not data
-    if run.processes > 1:
-        run.forward = DistributedDataParallel(run.forward)
+def should_compile(run):
+    """Whether the run is so long that compiling pays off: it takes about half a minute, and makes a step up to twice
+    as fast."""
+    if run.args.compile != "auto":
+        return run.args.compile == "True"
+    if run.device.type == "mps":
+        return False
+    if run.args.max_minutes:
+        return run.args.max_minutes > 2
+    flops = run.max_steps * run.step_tokens * run.flops_per_token
+    return flops > (2e13 if run.device.type == "cpu" else 5e15)  # some two minutes of training without compiling
 
 
 def open_run_folder(run):
@@ -342,34 +353,57 @@ def open_run_folder(run):
 def describe(run):
     """Say what is trained, on how much, and where."""
     args, model = run.args, run.model
-    length = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{run.max_steps:,} steps"
+    if args.max_minutes:
+        length = f"{args.max_minutes:g} minutes"
+    else:
+        epochs = run.max_steps * run.step_tokens / run.data.epoch_tokens
+        length = f"{epochs:.1f} epochs or {run.max_steps:,} steps"
     run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
-    # in float32: weights, gradients and two averages of AdamW, or one of Muon
+    # four numbers a parameter, all in float32: weight, gradient and the two averages of AdamW; Muon keeps only one
     numbers = 4 * model.num_params()
     if args.optimizer == "muon":
         numbers -= model.num_params(embedding=False)
-    compiled = ", compiled" if run.compiled else ""
+    compiled = ", compiled" if run.compiling else ""
     run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embedding and head; "
             f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; weights, gradients and optimizer take "
             f"{4 * numbers / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
+
+
+def compile_model(run):
+    """Compile the forward and the backward pass, if that is wanted, and share the model among processes."""
+    if run.compiling:
+        run.say("compiling, about half a minute")
+        try:
+            run.forward = torch.compile(run.model)
+            # torch compiles for the shapes of the first batch that it sees, so give it one of the right shape
+            idx = torch.zeros(run.micro_batch, run.args.block_size + 1, dtype=torch.int64, device=run.device)
+            with run.autocast():
+                loss = run.forward(idx[:, :-1], idx[:, 1:]).mean()
+            loss.backward()
+        except Exception as error:  # no compiler, an old GPU, …: the plain model trains as well
+            run.say(f"compiling fails here ({error.__class__.__name__}): going on without it, more slowly")
+            run.forward = run.model
+        run.model.zero_grad(set_to_none=True)  # that batch was not data
+    if run.processes > 1:
+        run.forward = DistributedDataParallel(run.forward)
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # the loop. The functions below it are its parts, in the order in which it calls them.
 
 
-def train(run, received):
-    """Train until the run is done or a signal was received, and save it."""
+def train(run, signals):
+    """Train until the run is done or a signal to stop was received, and save it."""
     args = run.args
     bar = progress_bar(run)
-    progress, stopping = sync_progress(run, received)
+    progress, stopping = sync_progress(run, signals)
     while progress < 1 and not stopping:
         set_learning_rate(run, progress)
         evaluations = run.evaluations_due(progress)
 
-        # forward and backward: gradients accumulate over the micro steps
+        # forward and backward: the gradients of all micro steps add up
         loss = torch.zeros((), device=run.device)
         for rows, is_last in micro_batches(run):
             # processes exchange gradients once a step, in the backward pass of the last micro step
@@ -379,14 +413,14 @@ def train(run, received):
                 run.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()  # the mean over the whole step; reading it now would wait for a GPU
 
-        # step
+        # update the weights
         grad_norm = update_weights(run)
         run.step += 1
         if run.step == run.first_step + 1:
             run.clock.start()
 
         # log
-        progress, stopping = sync_progress(run, received)
+        progress, stopping = sync_progress(run, signals)
         evaluating = progress < 1 and run.evaluations_due(progress) > evaluations
         logging = run.step % args.log_interval == 0 or evaluating or progress >= 1
         if logging or stopping:
@@ -398,7 +432,7 @@ def train(run, received):
             save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
         if evaluating:
             evaluate_and_save(run)
-            progress, stopping = sync_progress(run, received)  # an evaluation takes time
+            progress, stopping = sync_progress(run, signals)  # an evaluation takes time
     bar.close()
     run.clock.stop()
     save_run(run)
@@ -411,9 +445,9 @@ def progress_bar(run):
                 bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]")
 
 
-def sync_progress(run, received):
+def sync_progress(run, signals):
     """(progress, whether to stop) as the first process sees them: all processes must take the same steps."""
-    state = torch.tensor([run.progress(), float(bool(received))], dtype=torch.float64)
+    state = torch.tensor([run.progress(), float(bool(signals))], dtype=torch.float64)
     if run.processes > 1:
         dist.broadcast(state, 0)
     progress, stopping = state.tolist()
@@ -421,7 +455,8 @@ def sync_progress(run, received):
 
 
 def set_learning_rate(run, progress):
-    """Set the learning rate of the next step: the schedule at the middle of the step, or now for --max_minutes."""
+    """Set the learning rate of the next step to that of the schedule at its middle; for --max_minutes, at its start,
+    since nobody knows how long it will take."""
     if not run.args.max_minutes:
         progress = (run.step + 0.5) / run.max_steps
     lr = run.args.lr * lr_multiplier(progress, run.args)
@@ -477,7 +512,7 @@ def log_step(run, loss, grad_norm, bar, write):
             values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
         run.log(**values)
     bar.set_postfix_str(f", loss {train_loss:.3f}, {run.speed:,.0f} tok/s", refresh=False)
-    if bar.disable and 1 < run.step - run.first_step < 3 * run.args.log_interval:  # at the start, where no bar is seen
+    if bar.disable and run.step - run.first_step == 2 * run.args.log_interval:  # once, where no bar is seen
         run.say(f"step {run.step:,}: train loss {train_loss:.3f}, {time_left(run)}")
 
 
@@ -552,15 +587,15 @@ def summarize(run):
 
 def main(argv=None):
     run = Run(fill_defaults(command_line().parse_args(argv)))
-    received = []
+    signals = []
     if run.progress() < 1:
         if run.device.type == "cpu":
             keep_freed_memory()
-        with stop_signals() as received:  # around compiling too, in which torch can swallow a KeyboardInterrupt
-            compile_model(run)
+        with stop_signals() as signals:  # around compiling too, in which torch can swallow a KeyboardInterrupt
             open_run_folder(run)
             describe(run)
-            train(run, received)
+            compile_model(run)
+            train(run, signals)
     elif is_summarized(run):
         run.say(f"{run.out_dir} is finished (step {run.step:,}): give a longer run to continue it, or grade it with "
                 f"python eval.py {run.out_dir}")
@@ -574,8 +609,8 @@ def main(argv=None):
             finish(run)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{run.out_dir} is trained and saved: the same command with --resume scores it")
-    if signal.SIGINT in received:
-        raise KeyboardInterrupt
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt  # run_main then ends the process as Ctrl-C does
 
 
 if __name__ == "__main__":

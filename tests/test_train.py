@@ -173,8 +173,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(in_prepared, monkeypatch, opti
     assert load_checkpoint(f"out/stopped-{optimizer}")["step"] == 8
     run(f"stopped-{optimizer}", *options, "--resume")
     a, b = (load_checkpoint(f"out/{name}-{optimizer}") for name in ("straight", "stopped"))
-    assert a["step"] == 20 and a["used"] == [160]
-    for name in ("model", "optimizers", "used"):
+    assert a["step"] == 20 and a["rows_read"] == [160]
+    for name in ("model", "optimizers", "rows_read"):
         assert same(a[name], b[name]), name
     assert read_log(f"straight-{optimizer}") == read_log(f"stopped-{optimizer}")
     assert [line["step"] for line in read_log(f"straight-{optimizer}") if "train_loss" in line] == list(range(1, 21))
@@ -243,7 +243,7 @@ def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
     (["--resume", "--lr=0.1"], "was trained with --lr=0.02, not 0.1"),
     ([], "holds a run: add --resume"),
     (["--out_dir=out/new", "--init_from=out/base", "--n_embd=64"], "another n_embd=32"),
-    (["--out_dir=out/new", "--resume"], "no checkpoint out/new/ckpt.pt"),
+    (["--out_dir=out/new", "--resume"], "no run in out/new to continue"),
     (["--out_dir=out/new", "--max_steps=3", "--max_minutes=1"], "give only one of"),
     (["--out_dir=out/new", "--embed_std=0"], "--embed_std=0.0 must be at least 0.001"),
     (["--out_dir=out/new", "--clip=-1"], "--clip=-1.0 must be at least 0"),
@@ -420,7 +420,7 @@ def test_a_mix_draws_by_its_weights(in_prepared, capsys):
     prepare(["--dataset=more", "--val_fraction=0.1", "--tokenizer=tiny"])
     run("mix", "--dataset=tiny:0.25,more:0.75", "--max_steps=50", "--evals=1")
     assert all(re.match(r"\S+: +\S", line) for line in capsys.readouterr().out.split("\n\n")[-1].splitlines())
-    used = load_checkpoint("out/mix")["used"]
+    used = load_checkpoint("out/mix")["rows_read"]
     assert sum(used) == 400 and 60 < used[0] < 140
     last = read_log("mix")[-1]
     assert last["val_bpb"] == pytest.approx(0.25 * last["val_bpb/tiny"] + 0.75 * last["val_bpb/more"])
