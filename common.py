@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
@@ -153,10 +154,8 @@ def pick_device(device="auto", dtype="auto"):
     """(torch.device, torch.dtype) to compute with: CUDA where there is a GPU, else the CPU; bfloat16 where it is fast,
     float16 on older GPUs, else float32."""
     import torch
-    if device == "auto" and torch.backends.mps.is_available():
-        print("taking the CPU: --device=mps uses Apple's GPU, on which nothing has been measured", file=sys.stderr)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = find_device()
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)
@@ -169,9 +168,32 @@ def pick_device(device="auto", dtype="auto"):
         fast = torch.bfloat16
     else:
         fast = torch.float32
-    if device.type == "cpu" and fast == torch.float32 and dtype not in ("auto", "float32"):
-        print(f"this CPU has no instructions for {dtype} and is slow at it: leave --dtype out", file=sys.stderr)
+    if fast == torch.float32 and dtype not in ("auto", "float32") or fast == torch.float16 and dtype == "bfloat16":
+        print(f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no instructions for {dtype} and is slow at it: leave --dtype out",
+              file=sys.stderr)
     return device, fast if dtype == "auto" else getattr(torch, dtype)
+
+
+def find_device():
+    """"cuda" if torch can compute on a GPU with CUDA, else "cpu". Says so if there is a GPU that is not used."""
+    import torch
+    problem = ""
+    if torch.cuda.is_available():
+        try:
+            torch.ones(1, device="cuda") + 1  # a GPU for which torch was not built fails only here
+            return "cuda"
+        except RuntimeError as error:
+            problem = f"torch cannot compute on this GPU ({str(error).splitlines()[0]})"
+    elif shutil.which("nvidia-smi"):
+        problem = "this build of torch has no CUDA"
+        if torch.version.cuda:
+            problem = f"the GPU's driver is missing or too old for CUDA {torch.version.cuda}"
+    elif torch.backends.mps.is_available():
+        problem = "nothing has been measured on Apple's GPU; --device=mps uses it"
+    if problem:
+        hint = "" if "Apple" in problem else "; pytorch.org says which build of torch suits it"
+        print(f"taking the CPU: {problem}{hint}", file=sys.stderr)
+    return "cpu"
 
 
 def cpu_has_bfloat16():
@@ -312,7 +334,7 @@ class Clock:
         self.seconds_before = seconds_before
         self.created = time.perf_counter()
         self.started = None
-        self.evaluation_seconds = 0.0  # train.py adds these up: part of the time, but left out of the speed
+        self.paused_seconds = 0.0  # train.py adds up evaluations and saves: part of the time, but not of the speed
 
     def start(self):
         """Called when the first step of this session is done."""
@@ -330,7 +352,7 @@ class Clock:
 
     def tokens_per_second(self, tokens):
         """The speed of this session, which trained on so many tokens after its first step."""
-        return tokens / max(1e-9, self.seconds() - self.seconds_before - self.evaluation_seconds)
+        return tokens / max(1e-9, self.seconds() - self.seconds_before - self.paused_seconds)
 
 
 def save_checkpoint(checkpoint, path):

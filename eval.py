@@ -1,13 +1,13 @@
-"""Measure what a model can do.
+"""Measure what a model has learned: its loss, and the skills that stories need.
 
-    python eval.py                                  the newest run: loss, probes, marked words
-    python eval.py out/a out/b                      several runs, side by side
+    python eval.py                                  the newest run
+    python eval.py out/a out/b                      several runs
     python eval.py out/a --only=loss,spans          some sections; what eval.json holds of the others stays
     python eval.py hf:roneneldan/TinyStories-33M --dataset=tinystories      somebody else's model, or hf:FOLDER
 
+The sections are loss, probes, spans and steps; the last one follows a run over the checkpoints of train.py --keep=log.
 All figures go to out/<run>/eval.json, estimates with the 95 % interval of a bootstrap over stories, probes or prompts.
 """
-import functools
 import glob
 import json
 import math
@@ -30,27 +30,30 @@ SECTIONS = ("loss", "probes", "spans", "steps")
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# the metric: bits per byte. Nats per token cannot be compared across tokenizers, and random windows measure another
-# thing each time. So every story is scored once, from its own beginning, and the sum is divided by the bytes of the
-# text.
+# the metric: bits per byte. Nats per token cannot be compared across tokenizers, and the loss on random windows depends
+# on the draw. So every story is scored once, from its own beginning, and the sum is divided by the bytes of the text.
 
 
-def windows(tokens, eot, block_size):
-    """[(start, length, skip)] of windows that cover each story from its own <|endoftext|> on.
+def sliding_windows(tokens, eot, block_size):
+    """[(start, end, scored)] of windows that together predict each of tokens (N,) once, except the first.
 
-    A story longer than the context is cut into windows that overlap by half, so that all but its first tokens are
-    scored with at least half a context. The first `skip` targets of a window were scored in the one before; the others
-    are tokens[start + 1 + skip : start + 1 + length]. So each token is scored once."""
-    ends = np.flatnonzero(tokens == eot).tolist()
-    result = []
-    for start, end in zip(ends, ends[1:]):
-        skip = 0
-        while end - start > block_size:
-            result.append((start, block_size, skip))
-            start += block_size // 2
-            skip = block_size - block_size // 2
-        result.append((start, end - start, skip))
-    return result
+    A window's inputs are tokens[start:end], at most block_size of them, and its targets are the tokens one later. The
+    targets up to index `scored` have their score from the window before; the others are tokens[scored + 1:end + 1].
+
+    A story that fits into the context is one window, from the <|endoftext|> before the story to the one after it. A
+    longer story takes several, each half a context after the one before. So all but the first tokens of a story are
+    predicted from at least half a context."""
+    boundaries = np.flatnonzero(tokens == eot).tolist()
+    windows = []
+    for first, last in zip(boundaries, boundaries[1:]):
+        scored = first
+        for start in range(first, last, block_size // 2):
+            end = min(start + block_size, last)
+            windows.append((start, end, scored))
+            scored = end
+            if end == last:
+                break
+    return windows
 
 
 @torch.inference_mode()
@@ -64,31 +67,39 @@ def score(model, tokens, eot, batch_tokens=None, title="evaluating"):
         batch_tokens = 1024 if device.type == "cpu" else 2**14  # a CPU is slower with more
     batch_tokens = min(batch_tokens, 2**27 // model.config.vocab_size)  # at most 512 MB of logits
     nats = np.zeros(len(tokens), np.float32)
-    remaining = sorted(windows(tokens, eot, model.config.block_size), key=lambda window: window[1])
+    remaining = sorted(sliding_windows(tokens, eot, model.config.block_size), key=lambda window: window[1] - window[0])
     was_training = model.training
     model.eval()
     with tqdm(total=len(tokens), unit="tok", unit_scale=True, desc=title, leave=False, disable=None) as bar:
         while remaining:
-            longest = remaining[-1][1]
-            batch = remaining[-max(1, batch_tokens // longest):]
+            start, end, _ = remaining[-1]  # the longest
+            length = padded_length(end - start, model.config.block_size, device)
+            batch = remaining[-max(1, batch_tokens // length):]
             del remaining[-len(batch):]
-            inputs, targets = window_batch(tokens, batch, longest)
-            batch_nats = model(inputs.to(device), targets.to(device)).cpu().numpy()  # (B, longest)
-            for row, (start, length, skip) in zip(batch_nats, batch):
-                nats[start + 1 + skip:start + 1 + length] = row[skip:length]
-                bar.update(length - skip)
+            inputs, targets = padded_batch(tokens, batch, length)
+            batch_nats = model(inputs.to(device), targets.to(device)).cpu().numpy()  # (B, T)
+            for row, (start, end, scored) in zip(batch_nats, batch):
+                nats[scored + 1:end + 1] = row[scored - start:end - start]
+                bar.update(end - scored)
     model.train(was_training)
     return nats
 
 
-def window_batch(tokens, batch, longest):
-    """Inputs and targets, (B, longest) each, of windows; targets are -1 where they do not count."""
-    inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
+def padded_length(length, block_size, device):
+    """The length to which windows are padded. On a GPU a multiple of 64, since its libraries plan for each new shape."""
+    if device.type != "cuda":
+        return length
+    return min(-(-length // 64) * 64, block_size)
+
+
+def padded_batch(tokens, windows, length):
+    """Inputs and targets, (B, length) each, of B windows. Targets that do not count are -1, which the loss ignores."""
+    inputs = torch.zeros(len(windows), length, dtype=torch.int64)
     targets = torch.full_like(inputs, -1)
-    for i, (start, length, skip) in enumerate(batch):
-        window = torch.from_numpy(tokens[start:start + length + 1].astype(np.int64))
-        inputs[i, :length] = window[:-1]
-        targets[i, skip:length] = window[1 + skip:]
+    for i, (start, end, scored) in enumerate(windows):
+        window = torch.from_numpy(tokens[start:end + 1].astype(np.int64))
+        inputs[i, :end - start] = window[:-1]
+        targets[i, scored - start:end - start] = window[scored - start + 1:]
     return inputs, targets
 
 
@@ -107,7 +118,9 @@ def evaluate(model, dataset, max_stories=None):
 def evaluate_mix(model, mix, max_stories=None):
     """`evaluate` of each dataset of a mix {name: weight}, and the mean by these weights."""
     scores = {name: evaluate(model, name, max_stories) for name in mix}
-    result = {key: sum(mix[name] * scores[name][key] for name in mix) for key in ("val_loss", "val_bpb")}
+    result = {}
+    for key in ("val_loss", "val_bpb"):
+        result[key] = sum(weight * scores[name][key] for name, weight in mix.items())
     if len(mix) > 1:
         result.update({f"val_bpb/{name}": scores[name]["val_bpb"] for name in mix})
     return result
@@ -119,15 +132,15 @@ def split_stories(tokens, eot):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# loss by skill: the bits per byte with an interval and, if prepare.py wrote val.skills.bin, the loss of the words that
-# need grammar, a fact, context or reasoning.
+# the loss with an interval, and by skill: prepare.py labels the tokens of spans (see below) in val.skills.bin.
 
 
 def interval(numerators, denominators=None):
     """[value, low, high]: sum of numerators over sum of denominators with its 95 % interval, or a mean without
     denominators; None if the denominators sum to zero.
 
-    The N stories, probes or prompts are drawn with replacement a thousand times (percentile bootstrap, Efron 1979)."""
+    The N stories, probes or prompts are drawn with replacement a thousand times (percentile bootstrap, Efron 1979).
+    Tokens are not drawn one by one, since those of one story depend on each other."""
     numerators = np.asarray(numerators, float)
     denominators = np.ones(len(numerators)) if denominators is None else np.asarray(denominators, float)
     if not denominators.sum():
@@ -142,21 +155,21 @@ def interval(numerators, denominators=None):
 
 
 def grade_loss(subject, dataset):
-    """Bits per byte with its interval. Where words are labeled with the skill they need, also the loss of these, and
-    how much of the text and of the whole loss they are: the mean loss hardly sees a rare skill."""
+    """{figure: value}: the loss on a dataset's validation stories and, where they have spans, the loss by skill."""
     meta, tokens, encoding = load_meta(dataset), np.asarray(load_tokens(dataset, "val")), load_tokenizer(dataset)
     stories = [encoding.decode(ids.tolist()) for ids in split_stories(tokens, meta["eot"])]
     own_tokenizer, eot = subject.tokenizer == meta["tokenizer"]["sha256"], subject.encoding.eot_token
-    if not own_tokenizer:
-        tokens = np.array([eot] + [t for story in stories for t in subject.encoding.encode_ordinary(story) + [eot]])
+    if not own_tokenizer:  # the model was trained with another one, so the same text is encoded again
+        tokens = np.concatenate([[eot]] + [subject.encoding.encode_ordinary(story) + [eot] for story in stories])
     nats = score(subject.model, tokens, eot, title=f"loss on {dataset}").astype(float)
     starts = np.flatnonzero(tokens == eot)[:-1] + 1  # a story's targets: its tokens and the next <|endoftext|>
-    lengths = np.diff(np.append(starts, len(tokens)))
-    loss = sum_by_story(nats, starts)
-    figures = {"val_bpb": interval(loss / math.log(2), [len(story.encode()) for story in stories]),
-               "val_loss": interval(loss, lengths), "stories": len(stories),
-               "stories longer than the context": int((lengths > subject.model.config.block_size).sum())}
-    if "bits_per_byte" in meta["val"]:
+    n_tokens = np.diff(np.append(starts, len(tokens)))
+    n_bytes = [len(story.encode()) for story in stories]
+    story_nats = sum_by_story(nats, starts)
+    figures = {"val_bpb": interval(story_nats / math.log(2), n_bytes), "val_loss": interval(story_nats, n_tokens),
+               "stories": len(stories),
+               "stories longer than the context": int((n_tokens > subject.model.config.block_size).sum())}
+    if "bits_per_byte" in meta["val"]:  # the entropy of the generator, below which no model can get
         figures["val_bpb of the world's own choices"] = meta["val"]["bits_per_byte"]
     if own_tokenizer and os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
         figures.update(loss_by_skill(dataset, tokens, nats, starts))
@@ -164,33 +177,40 @@ def grade_loss(subject, dataset):
 
 
 def loss_by_skill(dataset, tokens, nats, starts):
-    """{figure: interval} of the words of each skill, from nats (N,) of tokens (N,) and the stories' starts."""
-    encoding, labels = load_tokenizer(dataset), np.asarray(load_tokens(dataset, "val.skills"))
+    """{figure: interval} for the words of each skill's spans, from nats (N,) of tokens (N,) and the stories' starts.
+
+    Their shares of the text and of the whole loss show how little the mean loss says about a rare skill."""
+    encoding, labels = load_tokenizer(dataset), np.asarray(load_tokens(dataset, "val.skills"))  # (N,) into SKILLS
+    # a word begins where a token begins with a space, and where the label changes
     has_space = [encoding.decode_single_token_bytes(t)[:1] == b" " for t in range(encoding.eot_token)] + [False]
     is_word_start = np.array(has_space)[tokens] | np.append(False, labels[1:] != labels[:-1])
+    n_tokens = sum_by_story(np.ones(len(tokens)), starts)
     figures = {}
     for label, skill in enumerate(SKILLS):
-        marked = labels == label
+        has_label = labels == label
         name = "all other words" if skill == "none" else f"{skill} words"
-        words = sum_by_story(marked & is_word_start, starts)
-        if words.sum():
-            loss = sum_by_story(nats * marked, starts)
-            n_tokens = sum_by_story(np.ones(len(tokens)), starts)
-            figures[f"{name}, nats each"] = interval(loss, words)
-            figures[f"{name}, share of text"] = interval(sum_by_story(marked, starts), n_tokens)
+        n_words = sum_by_story(has_label & is_word_start, starts)
+        if n_words.sum():
+            loss = sum_by_story(nats * has_label, starts)
+            figures[f"{name}, nats each"] = interval(loss, n_words)
+            figures[f"{name}, share of text"] = interval(sum_by_story(has_label, starts), n_tokens)
             figures[f"{name}, share of loss"] = interval(loss, sum_by_story(nats, starts))
     return figures
 
 
 def sum_by_story(values, starts):
-    """The sums of values (N,) over the stories that begin at `starts` (S,): (S,)."""
+    """The sums of values (N,) over the S stories that begin at `starts` (S,): (S,)."""
     return np.add.reduceat(values.astype(float), starts)
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# probes: dicts of skill, kind, prompt, right and wrong continuations, and perhaps `after`, the word that follows. They
-# come from data/probes.json, or are made from spans: the words that stories mark as needing a skill, each with a
-# tempting wrong answer. A span becomes a probe whose prompt is the story up to it.
+# spans and probes. A span is a labeled stretch of a story: its words need a skill (grammar, fact, context, reasoning),
+# and the label holds a wrong alternative that tempts a reader without the skill. A probe is a minimal pair (as in
+# BLiMP, Warstadt et al. 2020): a prompt with right and wrong continuations. It comes from data/probes.json or from a
+# span. Then the prompt is the story up to the span, the span is right, and its alternative is wrong.
+#
+# A probe is a dict: skill, kind (of task within the skill), prompt, right and wrong (lists of continuations), and
+# for spans `after`, the text that follows either of them.
 
 
 def read_list(option, path, is_valid):
@@ -206,70 +226,85 @@ def read_list(option, path, is_valid):
 
 
 def read_spans(dataset, limit, by="skill"):
-    """The first `limit` marked words of each skill, or of each kind, of the validation stories, as probes."""
+    """Probes from the first `limit` spans of each skill, or of each kind, in a dataset's validation stories."""
     groups = defaultdict(list)
-    for source in load_meta(dataset)["source"]:
-        path = source["file"]
-        if path.endswith(".jsonl") and os.path.exists(path):
-            for probe in span_probes(dataset, path, os.stat(path).st_mtime_ns):
-                if len(groups[probe[by]]) < limit:
-                    groups[probe[by]].append(probe)
+    before = instruction({}) if load_meta(dataset)["instruct"] else ""  # what every story of the dataset begins with
+    for story, span in validation_spans(dataset):
+        probe = probe_from_span(story, span, before)
+        if len(groups[probe[by]]) < limit:
+            groups[probe[by]].append(probe)
     return [probe for group in groups.values() for probe in group]
 
 
-@functools.lru_cache(8)
-def span_probes(dataset, path, modified):
-    """Every span of a file's stories that are in val.bin, as a probe. The date `modified` keeps the cache fresh."""
+def validation_spans(dataset):
+    """Yield (story, span) for each span of a dataset's validation stories.
+
+    val.bin holds tokens alone, so they come from the records that prepare.py read, those whose text is in val.bin."""
     if not os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
-        return []
-    meta, encoding, probes = load_meta(dataset), load_tokenizer(dataset), []
-    before = instruction({}) if meta["instruct"] else ""
-    val_stories = split_stories(np.asarray(load_tokens(dataset, "val")), meta["eot"])
-    in_val = {fingerprint(encoding.decode(ids.tolist()).split(instruction({}))[-1]) for ids in val_stories}
-    for record in read_records(path):
-        if not record.get("spans") or fingerprint(record["story"]) not in in_val:
+        return
+    meta, encoding = load_meta(dataset), load_tokenizer(dataset)
+    val_texts = [encoding.decode(ids.tolist()) for ids in split_stories(load_tokens(dataset, "val"), meta["eot"])]
+    in_val = {fingerprint(text.split(instruction({}))[-1]) for text in val_texts}  # without any instructions
+    paths = [source["file"] for source in meta["source"]]
+    for path in paths:
+        if not path.endswith(".jsonl") or not os.path.exists(path):
             continue
-        for span in record["spans"]:
-            story, start, end = record["story"], span["start"], span["end"]
-            kind = span.get("kind", span["skill"])
-            if "depth" in span:
-                kind += f", depth {span['depth']:2}"
-            # scored with the word that follows, so that "jump" beside "jumped" pays for ending there
-            probes.append({"skill": span["skill"], "kind": kind, "prompt": before + story[:start],
-                           "right": [story[start:end]], "wrong": [span["wrong"]],
-                           "after": re.match(r"\W*\w*", story[end:])[0]})
-    return probes
+        for record in read_records(path):
+            if record.get("spans") and fingerprint(record["story"]) in in_val:
+                yield from ((record["story"], span) for span in record["spans"])
+
+
+def probe_from_span(story, span, before):
+    """The probe that a span makes. `before` is put before the story."""
+    kind = span.get("kind", span["skill"])
+    if "depth" in span:
+        kind += f", depth {span['depth']:2}"
+    # The next word is scored as well. Else "jump" would win over "jumped" because it is a beginning of it.
+    next_word = re.match(r"\W*\w*", story[span["end"]:])[0]
+    return {"skill": span["skill"], "kind": kind, "prompt": before + story[:span["start"]],
+            "right": [story[span["start"]:span["end"]]], "wrong": [span["wrong"]], "after": next_word}
 
 
 def passes(model, encoding, probes, title="probes"):
-    """(N,) bool: whether a right continuation of each probe is likelier than all wrong ones.
+    """(N,) bool: whether a right continuation of each of N probes is likelier than all wrong ones.
 
-    We compare the sums of log-likelihoods of the tokens after the longest common beginning of all continuations."""
+    The cost of a continuation is the sum of nats of its tokens. Tokens that all texts of a probe begin with cost the
+    same, and are left out. Where a text is longer than the context, its end is scored."""
     eot, block_size = encoding.eot_token, model.config.block_size
-    tokens, scored, n_continuations = [], [], []
+    tokens = []  # the texts of all probes, as if they were stories
+    scored = []  # for each probe, the slice of `tokens` to score in each of its texts
     for probe in probes:
         texts = [probe["prompt"] + c + probe.get("after", "") for c in probe["right"] + probe["wrong"]]
         rows = [encoding.encode_ordinary(text) for text in texts]
-        common = len(os.path.commonprefix(rows))  # works on any sequences
+        n_common = len(os.path.commonprefix(rows))  # works on any sequences
+        scored.append([])
         for row in rows:
-            dropped = max(0, len(row) + 1 - block_size)  # what the context cannot hold
-            scored.append((len(tokens) + 1 + max(0, common - dropped), len(tokens) + 1 + len(row) - dropped))
-            tokens += [eot] + row[dropped:]
-        n_continuations.append(len(rows))
+            n_dropped = max(0, len(row) + 1 - block_size)  # the context also holds <|endoftext|>
+            tokens += [eot] + row[n_dropped:]
+            n_scored = len(row) - max(n_common, n_dropped)
+            scored[-1].append(slice(len(tokens) - n_scored, len(tokens)))
     nats = score(model, np.array(tokens + [eot]), eot, title=title)
-    costs = np.split([nats[start:end].sum() for start, end in scored], np.cumsum(n_continuations)[:-1])
-    return np.array([min(cost[:len(probe["right"])]) < min(cost[len(probe["right"]):])
-                     for cost, probe in zip(costs, probes)])
+    passed = []
+    for probe, slices in zip(probes, scored):
+        costs = [nats[part].sum() for part in slices]
+        n_right = len(probe["right"])
+        passed.append(min(costs[:n_right]) < min(costs[n_right:]))
+    return np.array(passed)
+
+
+def pass_rates(field, probes, passed):
+    """{value: interval}: the share of passed (N,) among the probes that have each value of a field."""
+    values = np.array([probe[field] for probe in probes])
+    return {value: interval(passed[values == value]) for value in dict.fromkeys(values.tolist())}
 
 
 def skill_accuracy(model, dataset, per_skill=200):
-    """{skill: share} of marked words in validation stories where the right one is likelier than the tempting wrong one;
-    {} if no story carries marked words."""
-    spans = read_spans(dataset, per_skill)
-    if not spans:
-        return {}
-    passed, skills = passes(model, load_tokenizer(dataset), spans, "skills"), np.array([s["skill"] for s in spans])
-    return {skill: float(passed[skills == skill].mean()) for skill in SKILLS if skill in skills}
+    """{skill: share passed} of the first `per_skill` spans of each skill, whatever their kind; {} without spans.
+
+    train.py prints these. The spans section instead takes equally many spans of each kind, easy and hard."""
+    probes = read_spans(dataset, per_skill)
+    rates = pass_rates("skill", probes, passes(model, load_tokenizer(dataset), probes, "skills"))
+    return {skill: rates[skill][0] for skill in SKILLS if skill in rates}
 
 
 def count_phrases(phrases, dataset, max_tokens=5_000_000):
@@ -285,34 +320,49 @@ def count_phrases(phrases, dataset, max_tokens=5_000_000):
     return counts
 
 
-def shortcut(probe, score_of):
-    """The probability of passing by taking the continuation of the highest score, and guessing among equals."""
-    scores = {c: score_of(c) for c in probe["right"] + probe["wrong"]}
-    best = [c for c in scores if scores[c] == max(scores.values())]
-    return sum(c in probe["right"] for c in best) / len(best)
-
-
-def positions_of(continuation, probe):
-    """Where a continuation already occurs in the prompt of its probe."""
+def mentions(continuation, prompt):
+    """The positions at which a continuation already occurs in the prompt."""
     word = rf"(?<!\w){re.escape(continuation.strip())}(?!\w)"  # it may be "+1", so \b will not do
-    return [match.start() for match in re.finditer(word, probe["prompt"], re.IGNORECASE)]
+    return [match.start() for match in re.finditer(word, prompt, re.IGNORECASE)]
 
 
-def grade_probes(subject, probes, counts):
-    """The share of probes passed by skill and kind, and beside it what heuristics without any skill would pass."""
-    passed = {"": passes(subject.model, subject.encoding, probes),
-              ", by chance": [shortcut(p, lambda c: 0) for p in probes],
-              ", the most frequent in train": [shortcut(p, lambda c: counts[c.strip().lower()]) for p in probes],
-              ", the last mentioned": [shortcut(p, lambda c: max(positions_of(c, p), default=-1)) for p in probes],
-              ", the most mentioned": [shortcut(p, lambda c: len(positions_of(c, p))) for p in probes]}
+def heuristics(probe, counts):
+    """{heuristic: its chance to pass the probe}. Each is a control: what it passes shows no skill.
+
+    counts: {phrase: how often it occurs in train}. Of several continuations with the same score, one is guessed."""
+    continuations = probe["right"] + probe["wrong"]
+    positions = [mentions(continuation, probe["prompt"]) for continuation in continuations]
+    scores = {
+        # guessing: depends on the number of continuations alone, and is 50 % for a span
+        "by chance": [0 for _ in continuations],
+        # knowing nothing but how common words are, like a unigram model
+        "the most frequent in train": [counts[continuation.strip().lower()] for continuation in continuations],
+        # copying what came last: a test of context or reasoning must not be won by recency
+        "the last mentioned": [max(places, default=-1) for places in positions],
+        # taking what the story is mostly about
+        "the most mentioned": [len(places) for places in positions]}
+    n_right = len(probe["right"])
+    return {name: row[:n_right].count(max(row)) / row.count(max(row)) for name, row in scores.items()}
+
+
+def grade_probes(subject, probes, measured):
+    """{figure: value}: the share of probes that the model passes, by skill and kind, and the share that each heuristic
+    passes. `measured` says which probes these are; {} if there are none."""
+    if not probes:
+        return {}
+    phrases = [continuation for probe in probes for continuation in probe["right"] + probe["wrong"]]
+    counts = count_phrases(phrases, subject.datasets[0])
+    passed = passes(subject.model, subject.encoding, probes)
+    by_heuristic = [heuristics(probe, counts) for probe in probes]
     figures = {}
-    for skill in dict.fromkeys(p["skill"] for p in probes):
-        for reader, results in passed.items():
-            figures[skill + reader] = interval([x for x, p in zip(results, probes) if p["skill"] == skill])
-        for kind in sorted({p["kind"] for p in probes if p["skill"] == skill} - {skill}):
-            of_kind = [x for x, p in zip(passed[""], probes) if p["skill"] == skill and p["kind"] == kind]
-            figures[f"{skill}: {kind}"] = interval(of_kind)
-    return figures
+    for skill in dict.fromkeys(probe["skill"] for probe in probes):
+        members = [i for i, probe in enumerate(probes) if probe["skill"] == skill]
+        figures[skill] = interval(passed[members])
+        for name in by_heuristic[0]:
+            figures[f"{skill}, {name}"] = interval([by_heuristic[i][name] for i in members])
+        rates = pass_rates("kind", [probes[i] for i in members], passed[members])
+        figures.update({f"{skill}: {kind}": rates[kind] for kind in sorted(rates) if kind != skill})
+    return {**figures, "measured with": measured}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -322,14 +372,14 @@ def grade_probes(subject, probes, counts):
 
 @dataclass
 class Subject:
-    """A model to be graded: a run, or somebody else's."""
+    """A model to be graded, with all that grading needs: a run of train.py, or somebody else's model."""
     model: torch.nn.Module
     encoding: object    # a tiktoken.Encoding, or what stands in for one
     tokenizer: str      # the tokenizer's sha256; None for hf: models
     datasets: list      # whose stories it is graded on
     instruction: str    # what it expects before a story: "Story:\\n", or ""
     checkpoints: list   # paths of the checkpoints kept along the way
-    about: dict         # the section "model" of eval.json
+    about: dict         # what the section "model" of eval.json says about its training
     prefix: str         # beginning of the paths of the files about it
 
     def path(self, name):
@@ -341,15 +391,9 @@ def load_subject(name, device, dataset="", context=0, tokenizer=""):
     if name.endswith((".txt", ".jsonl")):
         sys.exit(f"{name} is not a run: for a file of stories, run python -m lab.corpus {name}")
     if name.startswith("hf:"):
-        if not dataset or context:
-            sys.exit(f"{name} has its own context, and no stories: leave --context out, and name prepared stories such "
-                     "as --dataset=tinystories")
-        from lab.huggingface import load  # only here: it needs transformers
-        model, encoding = load(name[3:], device, tokenizer)
-        folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
-        os.makedirs(folder, exist_ok=True)
-        about = {**about_model(model), "checkpoint": name, "settings": name}
-        return Subject(model, encoding, None, [dataset], "", [], about, os.path.join(folder, ""))
+        if context:
+            sys.exit(f"{name} has its own context: leave --context out")
+        return load_hf_subject(name, device, dataset, tokenizer)
     model, checkpoint, encoding = load_run(name, device, context)
     path, prefix = os.path.join(name, "ckpt.pt"), os.path.join(name, "")
     kept = sorted(glob.glob(os.path.join(glob.escape(name), "ckpt-*.pt")))
@@ -357,16 +401,22 @@ def load_subject(name, device, dataset="", context=0, tokenizer=""):
         path, prefix, kept = name, name[:-2], []
     if context:
         prefix += f"context{context}."
-    about = {**about_model(model), "step": checkpoint["step"], "checkpoint": file_hash(path),
-             "settings": experiment_of(checkpoint, context)}
+    about = {"step": checkpoint["step"], "checkpoint": file_hash(path), "settings": experiment_of(checkpoint, context)}
     before = instruction({}) if checkpoint.get("instruct") else ""
     datasets = [dataset] if dataset else checkpoint["datasets"]
     return Subject(model, encoding, checkpoint["tokenizer"], datasets, before, kept, about, prefix)
 
 
-def about_model(model):
-    return {"parameters": model.num_params(embedding=False), "with embedding and head": model.num_params(),
-            "context": model.config.block_size}
+def load_hf_subject(name, device, dataset, tokenizer):
+    """The subject of hf:NAME, which transformers loads. Its files go to out/hf-NAME."""
+    if not dataset:
+        sys.exit(f"{name} has no stories of its own: name a prepared dataset, such as --dataset=tinystories")
+    from lab.huggingface import load  # only here: it needs transformers
+    model, encoding = load(name[3:], device, tokenizer)
+    folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
+    os.makedirs(folder, exist_ok=True)
+    about = {"checkpoint": name, "settings": name}
+    return Subject(model, encoding, None, [dataset], "", [], about, os.path.join(folder, ""))
 
 
 def experiment_of(checkpoint, context):
@@ -380,7 +430,7 @@ def experiment_of(checkpoint, context):
 
 
 def read_results(subject):
-    """The sections of eval.json, but only if they are about the same checkpoint."""
+    """The sections of eval.json, but only if they are about the same checkpoint: a run may have gone on since then."""
     try:
         with open(subject.path("eval.json"), encoding="utf-8") as file:
             results = json.load(file)
@@ -388,7 +438,10 @@ def read_results(subject):
         results = {}
     if results.get("model", {}).get("checkpoint") != subject.about["checkpoint"]:
         results = {}
-    return {**results, "model": subject.about}
+    model = subject.model
+    about = {"parameters": model.num_params(embedding=False), "with embedding and head": model.num_params(),
+             "context": model.config.block_size, **subject.about}
+    return {**results, "model": about}
 
 
 def add_section(subject, title, figures):
@@ -399,11 +452,11 @@ def add_section(subject, title, figures):
 
 
 def format_figure(name, value):
-    """A figure of eval.json as text."""
+    """A figure of eval.json as text. A list is a value, and perhaps the low and high end of its interval."""
     if isinstance(value, list):
         digits = 4 if name.startswith("val_") else 3 if abs(value[0]) < 10 else 1
-        value, low, high = (f"{number:.{digits}f}" for number in value)
-        return f"{value} [{low}, {high}]"
+        value, *ends = (f"{number:.{digits}f}" for number in value)
+        return f"{value} [{', '.join(ends)}]" if ends else value
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -412,9 +465,13 @@ def format_figure(name, value):
 
 
 def print_section(title, figures):
-    print(title)
+    """Print a section of eval.json, with what it was measured on in its first line."""
+    figures = dict(figures)
+    measured = figures.pop("measured with", "")
+    print(f"{title} ({measured})" if measured else title)
+    width = max(map(len, figures)) + 2
     for name, value in figures.items():
-        print(f"  {name:52}{format_figure(name, value)}")
+        print(f"  {name:{width}}{format_figure(name, value)}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -426,36 +483,32 @@ def grade_steps(subject, probes):
     sets = {"probes": probes, **{f"spans of {name}": read_spans(name, 100) for name in subject.datasets}}
     series = {title: defaultdict(list) for title, items in sets.items() if items}
     for path in tqdm(subject.checkpoints, desc="checkpoints", leave=False, disable=None):
-        device = subject.model.head.weight.device
-        model, checkpoint, _ = load_run(path, device, subject.model.config.block_size)
+        model, checkpoint, _ = load_run(path, subject.model.head.weight.device, subject.model.config.block_size)
         for title, by_skill in series.items():
             passed = passes(model, subject.encoding, sets[title])
-            for skill in dict.fromkeys(p["skill"] for p in sets[title]):
-                share, low, high = interval([x for x, p in zip(passed, sets[title]) if p["skill"] == skill])
+            for skill, (share, low, high) in pass_rates("skill", sets[title], passed).items():
                 by_skill[skill].append((checkpoint["step"], low, share, high))
     return series
 
 
 def grade(subject, wanted, probes, args):
-    """Yield (title, figures) of each wanted section that this subject can be asked for."""
+    """Yield (title, figures) of each wanted section. There are no figures where there is nothing to measure."""
     probes = [{**probe, "prompt": subject.instruction + probe["prompt"]} for probe in probes]
-    for name in subject.datasets:
-        if "loss" in wanted:
+    if "loss" in wanted:
+        for dataset in subject.datasets:
             with torch.autocast(args.device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-                figures = grade_loss(subject, name)
+                figures = grade_loss(subject, dataset)
             suffix = "" if args.dtype == "float32" else f" in {args.dtype}"
-            yield f"loss on {name}{suffix}", {**figures, "measured with": f"--dtype={args.dtype}"}
-    sets = {}
+            figures["measured with"] = f"all {figures['stories']:,} validation stories, {args.dtype}"
+            yield f"loss on {dataset}{suffix}", figures
     if "probes" in wanted:
-        sets["probes"] = (probes, f"{os.path.basename(args.probes)}, sha256 {file_hash(args.probes)[:8]}")
+        measured = f"{len(probes)} of {os.path.basename(args.probes)}, sha256 {file_hash(args.probes)[:8]}"
+        yield "probes", grade_probes(subject, probes, measured)
     if "spans" in wanted:
-        for name in subject.datasets:
-            sets[f"spans of {name}"] = (read_spans(name, args.spans, by="kind"), f"--spans={args.spans}")
-    continuations = {c for items, _ in sets.values() for p in items for c in p["right"] + p["wrong"]}
-    counts = count_phrases(continuations, subject.datasets[0]) if continuations else {}
-    for title, (items, settings) in sets.items():
-        if items:
-            yield title, {**grade_probes(subject, items, counts), "measured with": settings}
+        measured = f"the first {args.spans} of each kind in validation stories"
+        for dataset in subject.datasets:
+            spans = read_spans(dataset, args.spans, by="kind")
+            yield f"spans of {dataset}", grade_probes(subject, spans, measured)
     if "steps" in wanted and subject.checkpoints:
         yield "steps", grade_steps(subject, probes)
 
@@ -465,13 +518,13 @@ def command_line():
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a (default: the newest)")
     parser.option("only", ",".join(SECTIONS), "sections to measure")
     parser.option("dataset", "", "grade on the stories of this dataset (default: the run's own)")
-    parser.option("probes", os.path.join(HERE, "data", "probes.json"), "right and wrong continuations")
-    parser.option("spans", 100, "marked words of each kind, where a dataset has them", low=1)
+    parser.option("probes", os.path.join(HERE, "data", "probes.json"), "prompts with right and wrong continuations")
+    parser.option("spans", 100, "how many spans of each kind, where stories have them", low=1)
     parser.option("tokenizer", "", "for an hf: model without a tokenizer: the name of another one that has it")
     parser.option("context", 0, "grade with another context than in training; writes context<n>.eval.json", low=0)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     parser.option("dtype", "float32", "precision of the loss; bfloat16 is faster for large models, and nearly equal",
-                  choices=("float32", "bfloat16"))
+                  choices=("float32", "bfloat16", "float16"))
     return parser
 
 
@@ -485,13 +538,19 @@ def main(argv=None):
         sys.exit("--context=1 leaves nothing to see: give 2 or more")
     probes = read_list("probes", args.probes, lambda p: {"skill", "kind", "prompt", "right", "wrong"} <= set(p))
     args.device, _ = pick_device(args.device, args.dtype)
+    graded = []
     for name in args.runs or [newest_run()]:
         subject = load_subject(name, args.device, args.dataset, args.context, args.tokenizer)
         for title, figures in grade(subject, wanted, probes, args):
+            if not figures:
+                print(f"{name}: no {title}: its stories have none")
+                continue
             add_section(subject, title, figures)
             if title != "steps":  # a series for each skill, which lab.compare draws
                 print_section(f"{name}: {title}", figures)
-    print("all figures of several runs side by side, and charts: python -m lab.compare")
+            graded.append(subject.path("eval.json").removesuffix(os.sep + "eval.json"))
+    if graded:
+        print(f"side by side, and with charts: python -m lab.compare {' '.join(dict.fromkeys(graded))}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
 """Have a large model write a corpus of stories, each from three random words and some random features.
 
-Any server that speaks OpenAI's Chat Completions will do. Every answer is on disk as soon as it comes, in stories.jsonl
-or rejected.jsonl under data/<name>/: a run may be stopped at any moment, and the same command continues it.
+Asked for "a story", even the best models tell the same few over and over. Three random words and some random features
+in each prompt make a corpus diverse (Eldan & Li 2023, arXiv 2305.07759). Each story has a number and takes five steps:
+
+    plan    its words and features, which depend on --seed and its number alone: plans()
+    prompt  the text that asks for it: prompt_for()
+    answer  from any server that speaks OpenAI's Chat Completions, many requests at a time: ask_all()
+    check   is it a whole story, with all three words, and no copy? split_answer(), why_rejected()
+    file    stories.jsonl if it is good, else rejected.jsonl, both under data/<name>/: class Corpus
+
+A rejected story is asked for once more. Every answer is on disk as soon as it comes: a run may be stopped at any
+moment, and the same command continues it.
 """
-import asyncio
 import hashlib
 import json
 import math
 import os
 import random
 import re
+import signal
 import sys
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from tqdm import tqdm
 
-from common import CommandLine, atomic_write, run_main
+from common import CommandLine, atomic_write, run_main, stop_signals
 from prepare import fingerprint
 
 MAX_REQUESTS = 2  # per story: if the answer is rejected, ask once more, then give up
@@ -101,22 +112,23 @@ def missing_words(words, story):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# what to ask for, and what to make of an answer. Asked for "a story", even the best models tell the same few over and
-# over. Three random words and some random features in each prompt make a corpus diverse (Eldan & Li 2023).
+# what to ask for, and what to make of an answer
 
 
-def plans(n, seed, lists):
+def plans(n, seed, word_lists):
     """Yield ([verb, noun, adjective], [0 to 3 features]) for n stories. No two stories get the same three words.
 
     The first n plans are the same for any larger n, so that a corpus can be extended."""
+    if not word_lists:  # --naive
+        yield from [([], [])] * n
+        return
     rng = random.Random(seed)
     seen = set()
-    for _ in range(n):
-        words = tuple(map(rng.choice, lists))
-        while lists and words in seen:
-            words = tuple(map(rng.choice, lists))
-        seen.add(words)
-        yield list(words), rng.sample(list(FEATURES), rng.randint(0, 3)) if lists else []
+    while len(seen) < n:
+        words = tuple(rng.choice(words) for words in word_lists)
+        if words not in seen:
+            seen.add(words)
+            yield list(words), rng.sample(list(FEATURES), rng.randint(0, 3))
 
 
 def prompt_for(level, words, features):
@@ -136,6 +148,7 @@ def split_answer(text):
     """(story, summary) of an answer, without the thoughts, headings, bold type and "Story:" that models add."""
     text = re.sub(r"(?s)\A.*</think>", "", text).replace("\r\n", "\n").strip()
     story, *rest = re.split(r"(?im)^[\W_]*summary[\W_]*:[\W_]*", text)
+    # lines before the story: "# Title", "**Title**", "Title: …" and "Sure, here is a story:"
     heading = r"\s*(?:#.*|\*\*[^*\n]*\*\*:?|title:.*|(?:sure|here|certainly|of course)\b.*:)\s*(?:\n|\Z)"
     story = re.sub(rf"(?i)\A(?:{heading})*(?:[\W_]*story[\W_]*:[*_]*\s*)?", "", story)
     summary = " ".join(rest[0].split()) if rest else ""
@@ -160,14 +173,14 @@ def why_rejected(story, answer, words, fingerprints):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# asking a server, and appending the answers to files of one JSON object a line: for this script and lab/judge.py
+# asking a server, for this script and lab/judge.py
 
 
 def parse_server_args(parser, argv):
     """Add the options of every command that asks a server, and parse the command line."""
     parser.option("model", "", "the model's name, as its server knows it, such as gpt-4o-mini")
     parser.option("base_url", "", "the server, if OPENAI_BASE_URL does not name it, e.g. http://localhost:8000/v1")
-    parser.option("concurrency", 16, "requests under way at a time", low=1)
+    parser.option("concurrency", 16, "requests under way at a time", low=1, high=1000)
     parser.option("timeout", 120.0, "seconds to wait for an answer", low=0.1)
     parser.option("max_retries", 8, "times to try again, waiting longer each time, after an error that may pass", low=0)
     parser.option("price_in", 0.0, "dollars per million tokens of prompts", low=0)
@@ -180,12 +193,23 @@ def parse_server_args(parser, argv):
 
 
 def dollars(args, tokens_in, tokens_out):
+    """The price of so many tokens of prompts and of answers."""
     return (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
 
 
+def worst_cost(args, tokens, tasks, max_tokens):
+    """Dollars for `tokens` so far and for one request of each task, if every answer is as long as it can be."""
+    # a token of a prompt is at least one byte, and servers add some tokens of their own
+    tokens_in = sum(len(prompt.encode()) + 50 for _, prompt, _ in tasks)
+    return dollars(args, tokens["tokens_in"] + tokens_in, tokens["tokens_out"] + max_tokens * len(tasks))
+
+
 def connect(args):
-    """A client of the server at --base_url or OPENAI_BASE_URL, or of OpenAI if neither is given."""
-    import openai
+    """A client of the server at --base_url or OPENAI_BASE_URL, or of OpenAI if neither is given.
+
+    Many threads may use it at a time. It repeats a request that fails for a reason that may pass, up to --max_retries
+    times and with growing pauses."""
+    import openai  # here, because the words and plans above are also used where openai is not installed
     server = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     if not re.match("https?://", server):
         sys.exit("--base_url and OPENAI_BASE_URL must begin with http:// or https://")
@@ -194,18 +218,20 @@ def connect(args):
         sys.exit("OPENAI_API_KEY is not set to a key: export OPENAI_API_KEY=… (most local servers take any word); "
                  "python -m lab.world writes stories without one")
 
-    async def stop_retries_without_quota(response):
+    def stop_retries_without_quota(response):
         # an exhausted quota has the status of a rate limit, but waiting does not help
-        if response.status_code == 429 and b"insufficient_quota" in await response.aread():
+        if response.status_code == 429 and b"insufficient_quota" in response.read():
             response.headers["x-should-retry"] = "false"
-    http_client = openai.DefaultAsyncHttpxClient(event_hooks={"response": [stop_retries_without_quota]})
-    return openai.AsyncOpenAI(api_key=key, base_url=server, timeout=args.timeout, max_retries=args.max_retries,
-                              http_client=http_client)
+    http_client = openai.DefaultHttpxClient(event_hooks={"response": [stop_retries_without_quota]})
+    return openai.OpenAI(api_key=key, base_url=server, timeout=args.timeout, max_retries=args.max_retries,
+                         http_client=http_client)
 
 
 @dataclass
 class Answer:
-    usage: dict  # {"model", "tokens_in", "tokens_out"}
+    """What came of one request: an answer, or an error."""
+    model: str  # as the server calls it
+    tokens: dict  # {"tokens_in", "tokens_out"} to be paid for
     text: str = ""
     finish: str = ""  # why it ends: "stop", "length", "content_filter", or "malformed" if it could not be read
     refusal: str = ""
@@ -213,111 +239,99 @@ class Answer:
     fatal: bool = False  # whether the next request would fail in the same way
 
 
-async def ask(client, request, prompt):
-    """The Answer to one request. If the server does not report usage, a token is taken to be four characters."""
+def ask(client, request, prompt):
+    """Send one request and wait for its Answer. If the server reports no usage, a token is taken as four characters."""
     import openai
-    usage = {"model": request["model"], "tokens_in": len(prompt) // 4, "tokens_out": 0}
+    request = {**request, "messages": [{"role": "user", "content": prompt}]}
+    if client.base_url.host == "api.openai.com":
+        # its newer models refuse the old name of this limit, and many other servers do not know the new one
+        request["max_completion_tokens"] = request.pop("max_tokens")
+    free = {"tokens_in": 0, "tokens_out": 0}
     try:
-        reply = await client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **request)
+        reply = client.chat.completions.create(**request)
         message = reply.choices[0].message
         text = (message.content or "").encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written
-        usage = {"model": reply.model or request["model"],
-                 "tokens_in": getattr(reply.usage, "prompt_tokens", None) or usage["tokens_in"],
-                 "tokens_out": getattr(reply.usage, "completion_tokens", None) or len(text) // 4}
-        return Answer(usage, text, reply.choices[0].finish_reason, message.refusal)
+        tokens = {"tokens_in": getattr(reply.usage, "prompt_tokens", None) or len(prompt) // 4,
+                  "tokens_out": getattr(reply.usage, "completion_tokens", None) or len(text) // 4}
+        return Answer(reply.model or request["model"], tokens, text, reply.choices[0].finish_reason, message.refusal)
     except openai.APIError as error:
         if error.code == "content_filter":
-            return Answer({**usage, "tokens_in": 0}, finish="content_filter")
+            return Answer(request["model"], free, finish="content_filter")
         status = getattr(error, "status_code", 500)  # a broken connection has none
         fatal = error.code == "insufficient_quota" or (status < 500 and status not in (408, 409, 429))
         message = " ".join(f"a request failed at {client.base_url.netloc.decode()}: {error}".split())
-        return Answer(usage, error=message.replace(client.api_key, "(key)")[:300], fatal=fatal)
+        return Answer(request["model"], free, error=message.replace(client.api_key, "(key)")[:300], fatal=fatal)
     except (ValueError, TypeError, AttributeError, IndexError):  # not JSON; or JSON, but no answer
-        return Answer(usage, finish="malformed")
+        return Answer(request["model"], {**free, "tokens_in": len(prompt) // 4}, finish="malformed")
 
 
-class Asking:
-    """Asks a server about many items, several at a time. `tokens` counts what all runs of a command have used."""
+def ask_all(client, request, tasks, store, bar, args, tokens):
+    """Do all tasks, up to --concurrency at a time.
 
-    def __init__(self, args, max_tokens, **request):
-        self.args, self.max_tokens = args, max_tokens
-        self.request = {"model": args.model, **request}
-        self.tokens = Counter(tokens_in=0, tokens_out=0)  # a request under way counts with the most it can use
+    A thread sends one request and waits for its answer. The main thread does all else, so nothing needs a lock.
+    tasks: yields (item, prompt, how many requests may be made about the item).
+    store(item, answer): writes an answer to a file; returns why it is rejected, or "" if it is good.
+    tokens: a Counter of all tokens paid for, to which those of the answers are added.
+    Raises SystemExit or KeyboardInterrupt, with the reason as its text, if tasks are left to the next run."""
+    tasks, queue = iter(tasks), deque()  # the queue has the tasks that come next: new ones and rejected ones
+    under_way = {}  # {Future of an Answer: task}
+    failed = rejected = 0  # failed requests in a row, and rejected answers in a row
+    error = ""  # of the last request that failed
+    stop = None  # the exception to end with. Once it is set, no more requests are started
+    pool = ThreadPoolExecutor(args.concurrency)
+    with stop_signals() as signals, bar:
+        while True:
+            # 1. start requests, as many as --concurrency and --max_cost allow
+            queue.extend(islice(tasks, args.concurrency - len(queue) - len(under_way)))
+            while queue and not stop:
+                if worst_cost(args, tokens, [queue[0], *under_way.values()], request["max_tokens"]) > args.max_cost:
+                    break  # until answers under way turn out to cost less than they may
+                item, prompt, requests = queue.popleft()
+                under_way[pool.submit(ask, client, request, prompt)] = item, prompt, requests
+            if not under_way:
+                break
+            # 2. take the answers that have come; the timeout is for Windows, where Ctrl-C cannot end the wait
+            for future in wait(under_way, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                item, prompt, requests = under_way.pop(future)
+                try:
+                    answer = future.result()
+                    tokens.update(answer.tokens)
+                    reason = answer.error or store(item, answer)
+                except Exception as exception:  # a full disk or a bug: raise it after the other answers are stored
+                    stop = stop or exception
+                    continue
+                if answer.error:
+                    failed, error = failed + 1, answer.error
+                else:
+                    failed = 0
+                    rejected = rejected + 1 if reason else 0
+                if answer.fatal or failed > args.concurrency:
+                    stop = stop or SystemExit(error)
+                if rejected == MAX_REJECTED:
+                    stop = stop or SystemExit(f"the last {rejected} answers were all rejected, the last one: {reason}")
+                if reason and not answer.error and requests > 1:
+                    queue.append((item, prompt, requests - 1))
+                else:
+                    bar.update()
+            # 3. after a first Ctrl-C, only wait for the answers under way
+            if signals and not stop:
+                stop = KeyboardInterrupt("stopped by Ctrl-C")
+                signal.signal(signal.SIGINT, drop_answers)
+                bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)
+    pool.shutdown()
+    if queue and not stop:
+        stop = SystemExit(f"the next answer might pass --max_cost={args.max_cost:g}")
+    if stop or error:
+        raise stop or SystemExit(error)
 
-    def run(self, client, items, store, bar):
-        """Ask about all items. Returns None if all were asked about. Else it returns (it does not raise) the exception
-        for the caller to end with, whose text says why: KeyboardInterrupt after Ctrl-C, else SystemExit.
 
-        items: yields (item, prompt, number of requests that may be made about the item).
-        store(item, answer): writes an answer to a file; returns why it is rejected, or "" if it is good."""
-        # newer models of OpenAI refuse the old name of this limit, and many other servers do not know the new one
-        limit = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
-        self.request[limit] = self.max_tokens
-        self.client, self.items, self.store, self.bar = client, iter(items), store, bar
-        self.failed = self.rejected = 0  # failed requests in a row, and rejected answers in a row
-        self.outcome, self.stopping = None, False
-        try:
-            asyncio.run(self.run_workers())
-        except KeyboardInterrupt:  # a second Ctrl-C
-            self.outcome = KeyboardInterrupt("stopped by Ctrl-C, without the answers under way")
-        bar.close()
-        return self.outcome
+def drop_answers(number, frame):
+    """What a second Ctrl-C does."""
+    raise KeyboardInterrupt("stopped by Ctrl-C, without the answers under way")
 
-    async def run_workers(self):
-        """Let --concurrency workers take items from one iterator until it is empty, or until one of them says stop.
 
-        The first Ctrl-C cancels this coroutine, but not the workers: they finish their request. The second one ends
-        asyncio.run, and so drops the requests."""
-        workers = [asyncio.create_task(self.work()) for _ in range(self.args.concurrency)]
-        try:
-            await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-        except asyncio.CancelledError:  # the first Ctrl-C
-            self.note(KeyboardInterrupt("stopped by Ctrl-C"))
-            self.bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)
-        self.stopping = True  # if a worker raised an error, the others still finish the request they are at
-        await asyncio.wait(workers)
-        await self.client.close()
-        await asyncio.gather(*workers)  # raises what a worker raised
-
-    async def work(self):
-        """Ask about one item after another; about the same item again if its answer is rejected."""
-        for item, prompt, requests in self.items:
-            for _ in range(requests):
-                # a token of the prompt is at least one byte, and servers add some
-                worst_case = {"tokens_in": len(prompt.encode()) + 50, "tokens_out": self.max_tokens}
-                self.tokens.update(worst_case)
-                if dollars(self.args, **self.tokens) > self.args.max_cost:
-                    self.tokens.subtract(worst_case)
-                    self.note(SystemExit(f"the next answer might pass --max_cost={self.args.max_cost:g}"))
-                    return
-                answer = await ask(self.client, self.request, prompt)
-                self.tokens.subtract(worst_case)
-                if self.is_done(item, answer) or self.stopping:
-                    break
-            self.bar.update()
-            if self.stopping:
-                return
-
-    def is_done(self, item, answer):
-        """Store an answer, and decide whether the item is done in this run: its answer is good, or the request failed
-        and the item is left to the next run. A rejected answer is asked for again."""
-        if answer.error:
-            self.failed += 1
-            self.note(SystemExit(answer.error), stop=answer.fatal or self.failed > self.args.concurrency)
-            return True
-        self.tokens.update(tokens_in=answer.usage["tokens_in"], tokens_out=answer.usage["tokens_out"])
-        reason = self.store(item, answer)
-        self.failed = 0
-        self.rejected = self.rejected + 1 if reason else 0
-        if self.rejected == MAX_REJECTED:
-            self.note(SystemExit(f"the last {MAX_REJECTED} answers were all rejected, the last one for: {reason}"),
-                      stop=True)
-        return not reason
-
-    def note(self, outcome, stop=False):
-        """Note why items are left. With `stop`, no worker starts another request, and the reason stays as it is."""
-        if not self.stopping:
-            self.outcome, self.stopping = outcome, stop
+# -----------------------------------------------------------------------------------------------------------------
+# files of one JSON object a line. They are only appended to, so a process that is killed spoils at most the last line
 
 
 def read_lines(path):
@@ -335,7 +349,7 @@ def read_lines(path):
 
 def open_to_append(path):
     """Open a file to append lines to. A last line that is only half written is cut off first."""
-    last = b"\n"
+    last = b"\n"  # for an empty file
     with open(path, "a+b") as file:
         file.seek(0)
         for last in file:
@@ -343,15 +357,10 @@ def open_to_append(path):
         if not last.endswith(b"\n"):
             try:
                 json.loads(last)
-                file.write(b"\n")
+                file.write(b"\n")  # nothing but its end was missing
             except ValueError:
                 file.truncate(file.tell() - len(last))
     return open(path, "a", encoding="utf-8")
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# the corpus, and the command line. A story's number decides what is asked for, so a run can be continued, or made
-# longer, from its files alone.
 
 
 def lock(path):
@@ -369,20 +378,37 @@ def lock(path):
     return file
 
 
-class Corpus:
-    """The two files of a corpus: the good stories, and the rejected answers with the reason."""
+# -----------------------------------------------------------------------------------------------------------------
+# the corpus, and the command line
 
-    def __init__(self, folder):
+
+class Corpus:
+    """What all runs so far have written to the files of a corpus. A run knows nothing else of the earlier ones."""
+
+    def __init__(self, folder, settings):
+        """Read the files. Exits if they were begun with other settings, which generate.json holds."""
         self.folder = folder
         self.stories = os.path.join(folder, "stories.jsonl")
         self.rejected = os.path.join(folder, "rejected.jsonl")
-        self.done, self.fingerprints = set(), set()  # the good stories' numbers, and the fingerprints of their text
-        self.rejections, self.reasons = Counter(), Counter()  # rejected answers by story number, and by reason
-        self.tokens = Counter(tokens_in=0, tokens_out=0)
+        self.done, self.fingerprints = set(), set()  # numbers of the good stories, and fingerprints to find copies
+        self.rejections, self.reasons = Counter(), Counter()  # rejected answers by number of the story, and by reason
+        self.tokens = Counter(tokens_in=0, tokens_out=0)  # paid for
+        settings_path = os.path.join(folder, "generate.json")
+        before = next(read_lines(settings_path), {})
+        for record in chain(read_lines(self.stories), read_lines(self.rejected)):
+            if not before:
+                sys.exit(f"{self.stories} was not written by generate.py: choose another --name")
+            self.add(record)
+            self.tokens.update(tokens_in=record["tokens_in"], tokens_out=record["tokens_out"])
+        changed = [f"--{name}={before.get(name)}, not {value}" for name, value in settings.items()
+                   if before.get(name) != value]
+        if changed and (self.done or self.rejections):
+            sys.exit(f"{folder} was begun with {'; '.join(changed)}: continue with that, or choose another --name")
+        with atomic_write(settings_path) as file:
+            file.write(json.dumps(settings) + "\n")
 
     def add(self, record):
-        """Count a record that was read or written."""
-        self.tokens.update(tokens_in=record["tokens_in"], tokens_out=record["tokens_out"])
+        """Count a line of one of the two files."""
         if "reason" in record:
             self.rejections[record["index"]] += 1
             self.reasons[record["reason"]] += 1
@@ -390,62 +416,52 @@ class Corpus:
             self.done.add(record["index"])
             self.fingerprints.add(fingerprint(record["story"]))
 
-    def read(self, settings):
-        """Count what earlier runs have written. Exits if they had other settings."""
-        path = os.path.join(self.folder, "generate.json")
-        begun = next(read_lines(path), {})
-        for records in (read_lines(self.stories), read_lines(self.rejected)):
-            for record in records:
-                if not begun:
-                    sys.exit(f"{self.stories} was not written by generate.py: choose another --name")
-                self.add(record)
-        changed = [f"--{name}={begun.get(name)}, not {value}" for name, value in settings.items()
-                   if begun.get(name) != value]
-        if changed and (self.done or self.rejections):
-            sys.exit(f"{self.folder} was begun with {'; '.join(changed)}: continue with that, or choose another --name")
-        with atomic_write(path) as file:
-            file.write(json.dumps(settings) + "\n")
-
-    def requests_left(self, i):
-        return 0 if i in self.done else MAX_REQUESTS - self.rejections[i]
-
     def missing(self, n):
-        return sum(self.requests_left(i) > 0 for i in range(n))
-
-    def write(self, args, lists, client, asking):
-        """Ask for all missing stories, and append each answer to its file as it comes. Returns like Asking.run."""
-        def items():
-            for i, (words, features) in enumerate(plans(args.n, args.seed, lists)):
-                if self.requests_left(i):
-                    yield (i, words, features), prompt_for(args.level, words, features), self.requests_left(i)
-
-        def store(item, answer):
-            i, words, features = item
-            story, summary = split_answer(answer.text)
-            reason = why_rejected(story, answer, words, self.fingerprints)
-            record = {"story": story, "words": words, "features": features, "summary": summary, "index": i}
-            record.update(answer.usage)
-            if reason:
-                record.update(story=answer.text, reason=reason)
-            print(json.dumps(record, ensure_ascii=False), file=rejected if reason else stories, flush=True)
-            self.add(record)
-            cost = dollars(args, **self.tokens)
-            bar.set_postfix_str(f"{self.reasons.total():,} rejected, ${cost:,.2f}", refresh=False)
-            return reason
-
-        bar = tqdm(total=args.n, initial=args.n - self.missing(args.n), unit=" stories", smoothing=0.05, disable=None)
-        with open_to_append(self.stories) as stories, open_to_append(self.rejected) as rejected:
-            return asking.run(client, items(), store, bar)
+        """The numbers of those of the first n stories that may still be asked for."""
+        return {i for i in range(n) if i not in self.done and self.rejections[i] < MAX_REQUESTS}
 
     def summary(self, args):
+        """One line for the user about all runs so far."""
         given_up = sum(count >= MAX_REQUESTS for count in self.rejections.values())
-        rejected = f"{self.reasons.total():,} answers rejected"
-        if self.reasons:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
-            rejected += f" ({reasons}; see {self.rejected})"
-        return (f"{self.stories}: {len(self.done):,} stories, {given_up:,} given up; {rejected}; "
-                f"{self.tokens['tokens_in']:,} tokens in, {self.tokens['tokens_out']:,} out, "
-                f"${dollars(args, **self.tokens):,.2f}")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
+        details = f" ({reasons}; see {self.rejected})" if reasons else ""
+        tokens_in, tokens_out = self.tokens["tokens_in"], self.tokens["tokens_out"]
+        return (f"{self.stories}: {len(self.done):,} stories, {given_up:,} given up; {self.reasons.total():,} answers "
+                f"rejected{details}; {tokens_in:,} tokens in, {tokens_out:,} out, "
+                f"${dollars(args, tokens_in, tokens_out):,.2f}")
+
+
+def write_corpus(corpus, client, args, word_lists):
+    """Ask for all stories that are missing, and append each answer to its file as it comes."""
+    missing = corpus.missing(args.n)
+    bar = tqdm(total=args.n, initial=args.n - len(missing), unit=" stories", smoothing=0.05, disable=None)
+
+    def tasks():
+        for i, (words, features) in enumerate(plans(args.n, args.seed, word_lists)):
+            if i in missing:
+                prompt = prompt_for(args.level, words, features)
+                yield (i, words, features), prompt, MAX_REQUESTS - corpus.rejections[i]
+
+    def store(item, answer):
+        i, words, features = item
+        story, summary = split_answer(answer.text)
+        reason = why_rejected(story, answer, words, corpus.fingerprints)
+        record = {"story": story, "words": words, "features": features, "summary": summary, "index": i,
+                  "model": answer.model, **answer.tokens}
+        if reason:
+            record.update(story=answer.text, reason=reason)
+        print(json.dumps(record, ensure_ascii=False), file=rejected if reason else stories, flush=True)
+        corpus.add(record)
+        cost = dollars(args, **corpus.tokens)
+        bar.set_postfix_str(f"{corpus.reasons.total():,} rejected, ${cost:,.2f}", refresh=False)
+        return reason
+
+    request = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    try:
+        with open_to_append(corpus.stories) as stories, open_to_append(corpus.rejected) as rejected:
+            ask_all(client, request, tasks(), store, bar, args, corpus.tokens)
+    except OSError as error:
+        sys.exit(f"cannot write in {corpus.folder}: {error.strerror}")
 
 
 def parse_args(argv):
@@ -461,48 +477,47 @@ def parse_args(argv):
     parser.option("max_tokens", 1000, "limit of an answer; a story that reaches it is rejected", low=1)
     parser.option("dry_run", False, "only print three prompts, the coverage of the vocabulary and the expected cost")
     args = parse_server_args(parser, argv)
-    lists = [] if args.naive else load_words(args.words)
-    triples = math.prod(map(len, lists))
-    if lists and args.n > triples:
+    word_lists = [] if args.naive else load_words(args.words)
+    triples = math.prod(map(len, word_lists))
+    if word_lists and args.n > triples:
         parser.error(f"{args.words} makes only {triples:,} triples of words: lower --n, or give it more words")
     if not args.model and not args.dry_run:
         parser.error("which model? --model=gpt-4o-mini for one")
-    return args, lists
+    return args, word_lists
 
 
-def dry_run(args, lists):
+def dry_run(args, word_lists):
     """Print three prompts, the share of all triples of words that will be used, and the expected cost."""
-    prompts = [prompt_for(args.level, *plan) for plan in plans(min(args.n, 1000), args.seed, lists)]
+    prompts = [prompt_for(args.level, *plan) for plan in plans(min(args.n, 1000), args.seed, word_lists)]
     print(*prompts[:3], sep="\n\n", end="\n\n")
-    if lists:
-        triples = math.prod(map(len, lists))
+    if word_lists:
+        triples = math.prod(map(len, word_lists))
         print(f"coverage: {args.n:,} of {triples:,} triples of words, one in {triples / args.n:,.0f}")
-    tokens_in = args.n * sum(map(len, prompts)) // len(prompts) // 4
+    tokens_in = args.n * sum(map(len, prompts)) // len(prompts) // 4  # a token is about four characters
     tokens_out = args.n * ANSWER_TOKENS
     print(f"about {tokens_in:,} tokens in, {tokens_out:,} out: ${dollars(args, tokens_in, tokens_out):,.2f} "
           f"at --price_in={args.price_in:g} and --price_out={args.price_out:g} dollars per million")
 
 
 def main(argv=None):
-    args, lists = parse_args(argv)
+    args, word_lists = parse_args(argv)
     if args.dry_run:
-        return dry_run(args, lists)
+        return dry_run(args, word_lists)
     client = connect(args)
-    asking = Asking(args, args.max_tokens, temperature=args.temperature)
     settings = {name: getattr(args, name) for name in ("model", "seed", "naive", "level", "temperature", "max_tokens")}
-    settings["words"] = f"{os.path.basename(args.words)} ({hashlib.sha256(repr(lists).encode()).hexdigest()[:8]})"
-    corpus = Corpus(os.path.join("data", args.name))
-    os.makedirs(corpus.folder, exist_ok=True)
-    with lock(os.path.join(corpus.folder, "generate.lock")):
-        corpus.read(settings)
-        asking.tokens.update(corpus.tokens)
+    words_hash = hashlib.sha256(repr(word_lists).encode()).hexdigest()[:8]
+    settings["words"] = f"{os.path.basename(args.words)} ({words_hash})"
+    folder = os.path.join("data", args.name)
+    os.makedirs(folder, exist_ok=True)
+    with lock(os.path.join(folder, "generate.lock")):
+        corpus = Corpus(folder, settings)
         try:
-            end = corpus.write(args, lists, client, asking)
-        except OSError as error:
-            end = SystemExit(f"cannot write in {corpus.folder}: {error.strerror}")
-    print(corpus.summary(args))
-    if missing := corpus.missing(args.n):
-        raise type(end)(f"{end}\n{missing:,} stories are missing: run the same command again to continue")
+            write_corpus(corpus, client, args, word_lists)
+        except (SystemExit, KeyboardInterrupt) as end:
+            if missing := len(corpus.missing(args.n)):
+                raise type(end)(f"{end}\n{missing:,} stories are missing: run the same command again to continue")
+        finally:
+            print(corpus.summary(args))
     if not corpus.done:
         sys.exit(f"no story was good: see {corpus.rejected}, then choose another --model and --name")
     print(f"next: python prepare.py --dataset={args.name}")

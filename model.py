@@ -43,7 +43,7 @@ class GPTConfig:
 
 def norm(x):
     """RMSNorm over the last dimension, without a learned gain: the matrices that follow can absorb it."""
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)  # on a GPU, autocast would return float32
 
 
 def rope_table(length, head_size, base=10000.0):
@@ -79,6 +79,11 @@ def attend(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
 
 
+def one_product(x, *weights):
+    """x (B, T, C) times each of the weights (C_out, C), as one matrix product: several small ones leave a GPU idle."""
+    return F.linear(x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention: every position reads from itself and the earlier ones."""
 
@@ -91,19 +96,21 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, mask, kv_cache, start):
+    def forward(self, x, rope, mask, kv_cache, positions):
         B, T, C = x.shape
-        q = self.q(x).view(B, T, self.n_head, -1)  # (B, T, H, D)
-        k = self.k(x).view(B, T, self.n_head, -1)
-        v = self.v(x).view(B, T, self.n_head, -1)
+        if x.is_cuda:
+            q, k, v = one_product(x, self.q.weight, self.k.weight, self.v.weight)  # (B, T, C) each
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = (part.view(B, T, self.n_head, -1) for part in (q, k, v))  # (B, T, H, D) each
         q, k = norm(q), norm(k)  # QK-norm: attention's logits stay bounded at high learning rates
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if kv_cache is not None:  # add these keys and values to the cached ones, and attend to all of them
-            kv_cache[0, :, :, start:start + T] = k
-            kv_cache[1, :, :, start:start + T] = v
-            k, v = kv_cache[:, :, :, :start + T]  # (B, H, start + T, D) each
+            kv_cache[0, :, :, positions] = k
+            kv_cache[1, :, :, positions] = v
+            k, v = kv_cache  # (B, H, S, D) each
         y = attend(q, k, v, mask)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -131,8 +138,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, kv_cache, start):
-        x = x + self.attn(norm(x), rope, mask, kv_cache, start)  # (B, T, C)
+    def forward(self, x, rope, mask, kv_cache, positions):
+        x = x + self.attn(norm(x), rope, mask, kv_cache, positions)  # (B, T, C)
         return x + self.mlp(norm(x))
 
 
@@ -177,52 +184,56 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=self.config.n_embd ** -0.5)
 
-    def attention_mask(self, T, start, device):
-        """What T positions after `start` cached ones may attend to; None if plain causal masking suffices.
-
-        A bias on the logits, (H, T, start + T), for alibi; else (T, start + T), True where attention is allowed."""
-        if self.config.pos != "alibi" and (start == 0 or T == 1):
-            return None
-        queries = torch.arange(start, start + T, device=device)
-        distance = queries[:, None] - torch.arange(start + T, device=device)  # (T, start + T)
+    def attention_mask(self, queries, S):
+        """Which of S keys the queries at positions (T,) may attend to: a bias on the logits, (H, T, S), for alibi; else
+        (T, S), True where attention is allowed."""
+        distance = queries[:, None] - torch.arange(S, device=queries.device)  # (T, S)
         if self.config.pos != "alibi":
             return distance >= 0
         bias = -self.slopes[:, None, None] * distance
         return bias.masked_fill(distance < 0, -math.inf)
 
+    def locate(self, T, cache, device):
+        """Where T tokens stand behind those in the cache: (their positions, the number S of keys, the mask). The mask is
+        None where plain causal masking suffices."""
+        start = cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into a context of {self.config.block_size}")
+        if cache and cache.position is not None:  # a CUDA graph serves many positions: this one is only known on the GPU
+            return cache.position, cache.max_keys, self.attention_mask(cache.position, cache.max_keys)
+        mask = None
+        if self.config.pos == "alibi" or (start > 0 and T > 1):
+            mask = self.attention_mask(torch.arange(start, start + T, device=device), start + T)
+        return slice(start, start + T), start + T, mask
+
     def add_smear(self, x, cache):
         """Add to x (B, T, C) a learned multiple of each token's predecessor, and normalize."""
-        if cache and cache.length:
-            previous = cache.last_embedding
-        else:
-            previous = torch.zeros_like(x[:, :1])
+        before = cache.last_embedding if cache and cache.length else torch.zeros_like(x[:, :1])
+        previous = torch.cat((before, x[:, :-1]), dim=1)  # (B, T, C)
         if cache:
-            cache.last_embedding = x[:, -1:]
-        previous = torch.cat((previous, x[:, :-1]), dim=1)  # (B, T, C)
+            cache.last_embedding.copy_(x[:, -1:])
         return norm(x + self.smear * previous)
 
     def forward(self, idx, targets=None, cache=None):
         """Logits (B, T, V) of token ids idx (B, T). With `targets` (B, T), the cross-entropy of each token in nats,
         (B, T); targets of -1 are ignored and cost 0. With a `cache`, idx continues what the cache holds, and is added
         to it."""
-        T = idx.size(1)
-        start = cache.length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into a context of {self.config.block_size}")
+        positions, S, mask = self.locate(idx.size(1), cache, idx.device)
         x = self.embed(idx)  # (B, T, C)
         if self.config.pos == "learned":
-            x = x + self.pos_embed.weight[start:start + T]
+            x = x + self.pos_embed.weight[positions]
         x = norm(x)
         if self.config.smear:
             x = self.add_smear(x, cache)
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))  # the residual stream in 16 bits: less memory, and faster
         rope = None
         if self.config.pos == "rope":
-            rope = self.cos[start:start + T], self.sin[start:start + T]
-        mask = self.attention_mask(T, start, idx.device)
+            rope = self.cos[positions], self.sin[positions]  # (T, D/2) each
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache.kv[layer] if cache else None, start)
+            x = block(x, rope, mask, cache.kv[layer, :, :, :, :S] if cache else None, positions)
         if cache:
-            cache.length += T
+            cache.length += idx.size(1)
         logits = self.head(norm(x))
         if targets is None:
             return logits
@@ -245,14 +256,16 @@ class GPT(nn.Module):
 class Cache:
     """The keys and values of all layers, (n_layer, 2, B, H, block_size, D), so that decoding reads each token once.
 
-    `length` positions are filled. `last_embedding` (B, 1, C) is the last token's, for smear."""
+    `length` positions are filled. `last_embedding` (B, 1, C) is the last token's, for smear. In a CUDA graph, `position`
+    (1,) is where the next token stands, and attention reads `max_keys` keys, of which it masks those that come later."""
 
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
         self.kv = torch.zeros(c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head,
                               dtype=weight.dtype, device=weight.device)
         self.length = 0
-        self.last_embedding = None
+        self.last_embedding = torch.zeros(batch_size, 1, c.n_embd, dtype=weight.dtype, device=weight.device)
+        self.position, self.max_keys = None, 0
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -265,8 +278,9 @@ def orthogonalize(x, dtype):
     Quintic Newton-Schulz iteration, x ← a x + (b x xᵀ + c (x xᵀ)²) x, with the coefficients of Jordan et al. (2024,
     kellerjordan.github.io/posts/muon), whose optimizer this is."""
     tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # a norm of 1 bounds the singular values by 1
+    x = x.mT if tall else x
+    # a norm of 1 bounds the singular values by 1; and so no product overflows or underflows in float16
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # b x xᵀ + c (x xᵀ)²
@@ -287,25 +301,29 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Update each matrix by its momentum, made orthogonal, and shrink it by lr * weight_decay."""
-        for group in self.param_groups:
-            stacks = {}  # on a GPU, all matrices of one shape together, since one alone would leave it idle
-            for p in group["params"]:
-                if p.grad is not None:
-                    stacks.setdefault(p.shape if p.is_cuda else id(p), []).append(p)
-            for matrices in stacks.values():
-                updates = torch.stack([self.nesterov_update(p, group["momentum"]) for p in matrices])
-                for p, update in zip(matrices, orthogonalize(updates, self.dtype)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    # scaled so that tall matrices change their outputs as much as square ones
-                    p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+        """Shrink each matrix by lr * weight_decay, and move it by its momentum, made orthogonal.
 
-    def nesterov_update(self, p, momentum):
-        """Add the gradient to its running average, and return a mean of both, which looks one step ahead."""
+        The _foreach_ functions work on a list of tensors, with one kernel for all of them on a GPU."""
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            gradients, averages = [p.grad for p in matrices], [self.average_of(p) for p in matrices]
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov: one step ahead
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            stacks = {}  # on a GPU, all matrices of one shape together, since one alone would leave it idle
+            for i, p in enumerate(matrices):
+                stacks.setdefault(p.shape if p.is_cuda else i, []).append(i)
+            for indices in stacks.values():
+                stack = orthogonalize(torch.stack([updates[i] for i in indices]), self.dtype)
+                # scaled so that tall matrices change their outputs as much as square ones
+                rate = group["lr"] * max(1, stack.size(1) / stack.size(2)) ** 0.5
+                torch._foreach_add_([matrices[i] for i in indices], list(stack.to(updates[0].dtype)), alpha=-rate)
+
+    def average_of(self, p):
+        """The running average of the gradients of p."""
         if not self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
+        return self.state[p]["momentum_buffer"]
 
 
 def make_optimizers(model, args):
@@ -318,8 +336,7 @@ def make_optimizers(model, args):
     if args.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
-    _, fast = pick_device(str(model.head.weight.device))
-    muon_dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32  # by the device; float16 could overflow
+    _, muon_dtype = pick_device(str(model.head.weight.device))  # the fastest, whatever --dtype says
     return [Muon(matrices, muon_dtype, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
             torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
 

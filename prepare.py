@@ -5,6 +5,9 @@
 
 Writes train.bin, val.bin, tokenizer.tiktoken and meta.json to data/<dataset>. The bins are flat little-endian uint16,
 with <|endoftext|> before every story and after the last. Other stages read them with the load_ functions at the end.
+
+The text may be larger than the memory, so it is read three times, in chunks that all CPUs share: to decide which
+stories stay, to count words for the tokenizer, and to encode.
 """
 import base64
 import glob
@@ -37,11 +40,13 @@ EOT = "<|endoftext|>"
 SKILLS = ("none", "grammar", "fact", "context", "reasoning")  # the labels in val.skills.bin
 INSTRUCTIONS = {"features": "Features", "words": "Words", "summary": "Summary", "sentence": "Random sentence"}
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
+# Version 1 is the paper's, by GPT-3.5 and GPT-4 (Eldan and Li 2023, arXiv 2305.07759). Version 2 is by GPT-4 alone.
 VERSIONS = {1: ("TinyStories-train.txt", "TinyStories-valid.txt"),
             2: ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 UNFINISHED = "unfinished"  # the folder, inside the dataset's, in which new files are made
 CHUNK_BYTES = 1 << 21  # a worker reads about this much of a file at a time
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file with mistakes can raise
 
 # -----------------------------------------------------------------------------------------------------------------
 # fetch
@@ -49,33 +54,33 @@ CHUNK_BYTES = 1 << 21  # a worker reads about this much of a file at a time
 
 def find_sources(args, folder):
     """[(path, split)] of the files to read: one file, or a folder's stories.jsonl, else its .txt and .jsonl files.
-    Those of TinyStories are downloaded if they are missing.
 
-    The split is "train" or "val" if the last word of the file name says so ("stories-valid.txt"), else None."""
+    The files of TinyStories are downloaded if they are missing. The split is "train" or "val" if the last word of the
+    file name says so ("stories-valid.txt"), else None."""
     source = args.input or folder
-    escaped = glob.escape(source)
-    paths = sorted(glob.glob(f"{escaped}/*.txt") + glob.glob(f"{escaped}/*.jsonl"))
+    names = sorted(glob.glob("*.txt", root_dir=source) + glob.glob("*.jsonl", root_dir=source))
     if args.version:
-        paths = [f"{folder}/{name}" for name in VERSIONS[args.version]]
-    elif os.path.isfile(source):
-        paths = [source]
-    elif os.path.exists(f"{source}/stories.jsonl"):  # by generate.py, which puts rejected answers into another .jsonl
-        paths = [os.path.join(source, "stories.jsonl")]
+        names = VERSIONS[args.version]
+    elif "stories.jsonl" in names:  # by generate.py, which puts rejected answers into another .jsonl
+        names = ["stories.jsonl"]
+    paths = [source] if os.path.isfile(source) else [os.path.join(source, name) for name in names]
     if not paths:
-        sys.exit(f"no .txt or .jsonl file in {source}: name a file or folder with --input, or make stories with "
-                 f"python -m lab.world or python generate.py --name={args.dataset}")
+        problem = "has no .txt or .jsonl file" if os.path.isdir(source) else "does not exist"
+        sys.exit(f"{source} {problem}: name a file or folder with --input, or make stories with python -m lab.world")
     refuse_two_versions(paths, folder, args.version or 1)
+    files = []
     for path in paths:
         if not os.path.exists(path):
             download(f"{args.url}/{os.path.basename(path)}", path)
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
-    return [(path, SPLITS.get(re.split("[-_.]", stem)[-1])) for path, stem in zip(paths, stems)]
+        stem = os.path.splitext(os.path.basename(path))[0]
+        files.append((path, SPLITS.get(re.split("[-_.]", stem)[-1])))
+    return files
 
 
 def refuse_two_versions(paths, folder, version):
     """End the program if both versions of TinyStories would meet in one dataset: in the files to read, in the texts in
     its folder, or in the texts that its present bins were made from. The message shows how to prepare `version`."""
-    names = " ".join(paths + glob.glob(f"{glob.escape(folder)}/*.txt"))
+    names = " ".join(paths + glob.glob("*.txt", root_dir=folder))
     if os.path.exists(f"{folder}/meta.json"):
         with open(f"{folder}/meta.json") as file:
             names += file.read()
@@ -87,7 +92,7 @@ def refuse_two_versions(paths, folder, version):
 def download(url, path, retries=5, wait=1.0):
     """Fetch `url` to `path`. What has arrived stays in path + ".part", and a later attempt continues from there.
 
-    Gives up after retries + 1 attempts in a row without a new byte. The pause between them, in seconds, doubles."""
+    Gives up after retries + 1 attempts in a row without a new byte, or at once if the server refuses."""
     part, failures = path + ".part", 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
     open(part, "ab").close()
@@ -97,34 +102,29 @@ def download(url, path, retries=5, wait=1.0):
             fetch_rest(url, part)
             return os.replace(part, path)
         except (OSError, ValueError, HTTPException) as error:  # HTTPError is an OSError
-            problem, status = error, getattr(error, "code", None)
-        if status == 416:  # the file at `url` is shorter than ours, so ours is part of another file
+            size, status = os.path.getsize(part), getattr(error, "code", None)
+            failures = 0 if size > largest else failures + 1
+            if failures > retries or status in (400, 401, 403, 404, 410):
+                sys.exit(f"cannot download {url}: {error}. Run this again to continue after {size:,} bytes, check "
+                         "--url, name a file that you have with --input=FILE, or make stories with python -m lab.world")
+        if status == 416:  # the server has no byte after ours, so ours are of another file, or were not renamed
             os.truncate(part, 0)
-        size = os.path.getsize(part)
-        failures = 0 if size > largest else failures + 1
         largest = max(size, largest)
-        if failures > retries or status in (400, 401, 403, 404, 410):
-            sys.exit(f"cannot download {url}: {problem}. Run this again to continue after {size:,} bytes, check --url, "
-                     "name a file that you have with --input=FILE, or make stories with python -m lab.world")
-        if failures:
-            time.sleep(wait * 2 ** (failures - 1))
+        time.sleep(wait * (2**failures - 1))  # 0 s after progress, then 1, 3, 7, 15 and 31 s
 
 
 def fetch_rest(url, part):
     """Append to the file `part` what it lacks of `url`. Raises OSError if the connection ends before that."""
-    start = max(0, os.path.getsize(part) - 1)  # the last byte again, as servers refuse a range that starts at the end
+    start = os.path.getsize(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
     with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as file:
-        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if content_range:
-            start, total = int(content_range[1]), int(content_range[2])
-        else:  # the server ignores ranges and sends the file from its start
-            start, total = 0, int(response.headers.get("Content-Length", 0))  # 0 if it does not tell the length
-        file.truncate(start)
-        title = os.path.basename(part)
-        with tqdm.wrapattr(response, "read", total=total or None, initial=start, desc=title, disable=None) as body:
+        if response.status != 206:  # the server ignores ranges and sends the file from its start
+            start = 0
+            file.truncate(0)
+        total = start + int(response.headers.get("Content-Length", 0))  # 0 if the server does not tell the length
+        with tqdm.wrapattr(response, "read", total=total or None, initial=start, desc=part, disable=None) as body:
             shutil.copyfileobj(body, file)
-    if total and os.path.getsize(part) != total:
+    if os.path.getsize(part) < total:
         raise OSError(f"{os.path.getsize(part):,} of {total:,} bytes came")
 
 
@@ -162,19 +162,19 @@ def parse_stories(path, content):
 
 def read_chunk(path, start, end):
     """The records of a chunk. A line that cannot be read ends the program."""
-    malformed = (ValueError, TypeError, KeyError, AttributeError)
     with open(path, "rb") as file:
         file.seek(start)
         try:
             return parse_stories(path, file.read(end - start))
-        except malformed:
+        except MALFORMED:
             file.seek(0)  # look for the line
         for number, line in enumerate(file, 1):
             try:
                 parse_stories(path, line)
-            except malformed:
-                expected = 'a JSON object with a "story"' if path.endswith(".jsonl") else "text"
-                sys.exit(f"{path} line {number} is not {expected} in UTF-8: correct or delete it")
+            except UnicodeDecodeError:
+                sys.exit(f"{path} line {number} is not UTF-8: save the file as UTF-8")
+            except MALFORMED:
+                sys.exit(f'{path} line {number} is not a JSON object with a "story": correct or delete it')
 
 
 def read_records(path):
@@ -183,21 +183,14 @@ def read_records(path):
         yield from read_chunk(*chunk)
 
 
-def available_cpus():
-    """How many CPUs this process may use. In a container that can be fewer than the machine has."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def run_workers(function, tasks, title):
     """Yield (task, function(*task)) for each task, in order, with a progress bar. All CPUs share the work."""
-    # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them. Windows allows 61.
-    pool = ProcessPoolExecutor(min(61, available_cpus()), initializer=signal.signal,
-                               initargs=(signal.SIGINT, signal.SIG_IGN))
-    interrupts = []  # Python can lose a KeyboardInterrupt while it forks: until the workers run, only note Ctrl-C
+    # In a container, Linux may let this process use fewer CPUs than the machine has. Windows allows 61 workers.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them.
+    pool = ProcessPoolExecutor(min(61, cpus), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    # Python can lose a KeyboardInterrupt while it forks. So until the workers run, Ctrl-C is only noted.
+    interrupts = []
     handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
         results = pool.map(function, *zip(*tasks))
@@ -214,31 +207,29 @@ def run_workers(function, tasks, title):
 
 # What each byte from 80 to FF becomes when it is read as cp1252. The five that cp1252 lacks stay control characters.
 CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100))
-# UTF-8 characters of two, three and four bytes that were read so: "don’t" becomes "donâ€™t".
+# UTF-8 characters of two, three and four bytes that were read so: "don’t" becomes "donâ€™t". The first byte tells how
+# many they are: C2 to DF (read as Â to ß) begin two bytes, E0 to EF three, and F0 to F4 four.
 TAIL = f"[{CP1252[:64]}]"  # a byte from 80 to BF, as all bytes of a character but the first are
 MOJIBAKE = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|[ð-ô]{TAIL}{TAIL}{TAIL}")
 QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
 
 
-def repair(text):
-    """Undo UTF-8 that was read as cp1252. All other text stays as it is."""
+def repair(record):
+    """The story of a record, with UTF-8 that was read as cp1252 undone. If spans point into it, it stays as it is."""
     def decode(match):
         try:
             return bytes(0x80 + CP1252.index(character) for character in match[0]).decode()
         except UnicodeDecodeError:
             return match[0]
-    return text if text.isascii() else MOJIBAKE.sub(decode, text)
-
-
-def cleaned_text(record, args):
-    """The story of a record, repaired if --clean says so. Where spans point into it, it must stay as it is."""
-    if args.clean and not record.get("spans"):
-        return repair(record["story"])
-    return record["story"]
+    if record["story"].isascii() or record.get("spans"):
+        return record["story"]
+    return MOJIBAKE.sub(decode, record["story"])
 
 
 def fingerprint(story):
-    """64 bits of a story's text, the same for copies that differ only in case, quotes and white space."""
+    """64 bits of a story's text, the same for copies that differ only in case, quotes and white space.
+
+    Among 3 million stories, two different ones share a fingerprint with a probability of one in 4 million."""
     normal = " ".join(story.translate(QUOTES).lower().split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")
 
@@ -248,7 +239,7 @@ def decide(chunk, file_split, args):
     the reason to remove the story. Copies are found later."""
     decisions = []
     for record in read_chunk(*chunk):
-        story = cleaned_text(record, args)
+        story = repair(record) if args.clean else record["story"]
         key = fingerprint(story)
         # The draw depends on the text alone, so that a story stays in its split when the corpus grows.
         drawn = "val" if key % 10**6 < args.val_fraction * 10**6 else "train"
@@ -274,14 +265,14 @@ def plan_dataset(files, args):
     for (chunk, file_split), proposals in run_workers(partial(decide, args=args), tasks, "reading"):
         decisions = []
         for key, decision, repaired in proposals:
-            if decision in stories and key in seen:
+            # What the worker decided stays, unless the story is a copy or one too many.
+            if args.clean and decision in stories and key in seen:
                 decision = f"copies in {decision}" if decision == seen[key] else "in train and in val"
             if decision == "train" and stories["train"] == args.max_stories:
                 decision, repaired = "over --max_stories", False
             elif decision in stories:
                 stories[decision] += 1
-                if args.clean:
-                    seen[key] = decision
+                seen[key] = decision
             else:
                 cleaning[f"{decision}: removed"] += 1
             if repaired:
@@ -290,11 +281,11 @@ def plan_dataset(files, args):
         plan.append((chunk, decisions))
         if file_split == "train" and stories["train"] == args.max_stories:
             break  # only train files are left
-    for split, change in ("train", "lower"), ("val", "raise"):  # what to do with --val_fraction
+    for split in stories:
         if not stories[split]:
             removed = "".join(f"; {count:,} {what}" for what, count in cleaning.items())
-            sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}{removed}: give more stories, "
-                     f"{change} --val_fraction, or try --clean=False")
+            sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}{removed}: add stories, change "
+                     "--val_fraction, or try --clean=False")
     return plan, cleaning
 
 
@@ -302,7 +293,8 @@ def planned_records(chunk, decisions, args):
     """Yield (split, record) for each story of a chunk that stays: repaired, and with instructions, as options say."""
     for record, decision in zip(read_chunk(*chunk), decisions):
         if decision in ("train", "val"):
-            record["story"] = cleaned_text(record, args)
+            if args.clean:
+                record["story"] = repair(record)
             if args.instruct:
                 record = instruct(record, decision, args.hold_out, args.seed)
             yield decision, record
@@ -317,7 +309,8 @@ def instruct(record, split, hold_out, seed):
     known = {"features": ", ".join(record.get("features") or ()), "words": ", ".join(record.get("words") or ()),
              "summary": record.get("summary"), "sentence": rng.choice(sentences) if sentences else None}
     fields = [name for name, value in known.items() if value]
-    fields = rng.sample(fields, rng.randint(0, len(fields)))  # any number of them, even none
+    # Any number of fields, even none: so a model learns to write with few instructions, and without any.
+    fields = rng.sample(fields, rng.randint(0, len(fields)))
     if hold_out and split == "train" and set(hold_out) <= set(fields):
         fields.remove(rng.choice(hold_out))
     text = instruction({name: known[name] for name in fields})
@@ -362,8 +355,8 @@ def train_bpe(words, vocab_size):
 
     for i, word in enumerate(words):
         spell(i, [BYTES.index(b) for b in word])
-    heap = [(-count, pair) for pair, count in counts.items()]  # the most frequent pair comes out first
-    heapq.heapify(heap)
+    # The most frequent pair comes out first. A sorted list is a heap.
+    heap = sorted((-count, pair) for pair, count in counts.items())
     while heap and len(tokens) < vocab_size - 1:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:  # out of date: merging other pairs has lowered the count
@@ -373,7 +366,7 @@ def train_bpe(words, vocab_size):
             break
         new, new_pairs = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in holders.pop(pair):
+        for i in holders.pop(pair):  # some may have lost the pair to other merges; for them, nothing changes
             spell(i, merge(spellings[i], pair, new))
             new_pairs.update(neighbors for neighbors in pairwise(spellings[i]) if new in neighbors)
         for new_pair in new_pairs:
@@ -414,7 +407,9 @@ def missing_parts(token, ranks, chosen):
 
 
 def parts_of(token, ranks):
-    """The two tokens that are merged into `token`: merge its bytes, lowest rank first, until two parts are left."""
+    """The two tokens that are merged into `token`: merge its bytes, lowest rank first, until two parts are left.
+
+    A file of ranks does not store these merges, but it implies them: b"the" may come from b"t" and b"he"."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
@@ -433,22 +428,22 @@ def make_ranks(plan, args):
     stories that the trimmed tokenizer has too, and None for other tokenizers."""
     if args.tokenizer not in ("bpe", "gpt2"):
         return load_ranks(args.tokenizer), None
-    try:
+    try:  # before the counting, which takes longer
         gpt2 = tiktoken.get_encoding("gpt2") if args.tokenizer == "gpt2" else None
     except OSError as error:  # requests, with which tiktoken downloads, raises OSErrors
         sys.exit(f"tiktoken cannot fetch GPT-2's tokenizer ({type(error).__name__}): go online, or use --tokenizer=bpe")
     words = Counter()
     for _, counts in run_workers(partial(count_words, args=args), plan, "counting"):
         words.update(counts)
-    if not gpt2:
+    if args.tokenizer == "bpe":
         return train_bpe(words, args.vocab_size), None
     counts = Counter()  # of GPT-2's tokens
     for word, count in words.items():
         for token in gpt2.encode_ordinary(word.decode()):
             counts[gpt2.decode_single_token_bytes(token)] += count
-    ranks = {token: gpt2.encode_single_token(token) for token in gpt2.token_byte_values()}
-    ranks = trim_bpe(ranks, counts, args.vocab_size)
-    return ranks, sum(counts[token] for token in ranks) / max(1, counts.total())
+    gpt2_ranks = {token: gpt2.encode_single_token(token) for token in gpt2.token_byte_values()}
+    ranks = trim_bpe(gpt2_ranks, counts, args.vocab_size)
+    return ranks, sum(counts[token] for token in ranks) / counts.total()
 
 
 def count_words(chunk, decisions, args):
@@ -468,21 +463,21 @@ def count_words(chunk, decisions, args):
 
 
 def encode(chunk, decisions, args, tokenizer):
-    """What a chunk adds to the bins, {name: bytes}, and a Counter {(split, unit): number}. A unit is stories, tokens,
-    bytes, spans or bits. `tokenizer` is the tokenizer's folder under data/."""
-    encoding, totals = cached_tokenizer(tokenizer), Counter()
+    """What a chunk adds to the bins, {name: bytes}, and to the totals, {split: Counter of stories, tokens, …}.
+
+    `tokenizer` is the tokenizer's folder under data/."""
+    encoding = cached_tokenizer(tokenizer)
     bins = {"train": bytearray(), "val": bytearray(), "val.skills": bytearray()}
+    totals = {"train": Counter(), "val": Counter()}
     for split, record in planned_records(chunk, decisions, args):
         story, spans = record["story"], record.get("spans") or ()
         ids = [encoding.eot_token] + encoding.encode_ordinary(story)
         bins[split] += np.array(ids, "<u2").tobytes()
         if split == "val":
             bins["val.skills"] += label_tokens(story, ids, spans, encoding).tobytes()
-        totals[split, "stories"] += 1
-        totals[split, "tokens"] += len(ids)
-        totals[split, "bytes"] += len(story.encode())
-        totals[split, "spans"] += len(spans)
-        totals[split, "bits"] += record.get("bits", np.nan)  # the sum is nan if one is unknown
+        # bits: what a perfect model needs for the story. The sum is nan if one of them is unknown.
+        totals[split].update(stories=1, tokens=len(ids), bytes=len(story.encode()), spans=len(spans),
+                             bits=record.get("bits", np.nan))
     return bins, totals
 
 
@@ -490,6 +485,7 @@ def label_tokens(story, ids, spans, encoding):
     """The skill (index into SKILLS) of each token of <|endoftext|> and a story: that of the span in which at least one
     of its bytes lies, else 0."""
     labels = np.zeros(len(ids), "<u2")
+    # Tokens count bytes and spans count characters, so both are turned into bytes. <|endoftext|> has a length of 0.
     ends = np.cumsum([0] + [len(encoding.decode_single_token_bytes(token)) for token in ids[1:]])  # in bytes
     starts = np.append(0, ends[:-1])
     for span in spans:
@@ -497,13 +493,15 @@ def label_tokens(story, ids, spans, encoding):
             sys.exit(f"a span has the skill {span['skill']!r}: known are {', '.join(SKILLS[1:])}")
         start = len(story[:span["start"]].encode())
         end = len(story[:span["end"]].encode())
-        labels[(starts < end) & (ends > start)] = SKILLS.index(span["skill"])
+        labels[(starts < end) & (ends > start)] = SKILLS.index(span["skill"])  # tokens that overlap with the span
     return labels
 
 
 def write_bins(plan, args, folder, eot):
-    """Encode the stories of the plan into bins in `folder`. Returns their totals {(split, unit): number}."""
-    totals = Counter({("train", "tokens"): 1, ("val", "tokens"): 1})  # the <|endoftext|> after the last story
+    """Encode the stories of the plan into bins in `folder`. Returns the totals {split: Counter of units}.
+
+    Results come in the order of the plan, so the bins do not depend on the number of workers."""
+    totals = {"train": Counter(tokens=1), "val": Counter(tokens=1)}  # the <|endoftext|> after the last story
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val, \
             open(f"{folder}/val.skills.bin", "wb") as skills:
         work = partial(encode, args=args, tokenizer=f"{args.dataset}/{UNFINISHED}")
@@ -511,7 +509,8 @@ def write_bins(plan, args, folder, eot):
             train.write(bins["train"])
             val.write(bins["val"])
             skills.write(bins["val.skills"])
-            totals.update(chunk_totals)
+            for split in totals:
+                totals[split].update(chunk_totals[split])
         for file, last in (train, eot), (val, eot), (skills, 0):  # the end of the last story
             file.write(last.to_bytes(2, "little"))
     return totals
@@ -520,8 +519,7 @@ def write_bins(plan, args, folder, eot):
 def prepare(args):
     """Make the dataset that the options describe.
 
-    All its files are made in a temporary folder and then moved into place. meta.json comes last, since it marks the
-    dataset as complete: every reader starts from it."""
+    All its files are made in a temporary folder and then moved into place, so an interrupted run changes nothing."""
     started = time.time()
     folder = f"data/{args.dataset}"
     new = f"{folder}/{UNFINISHED}"
@@ -537,31 +535,40 @@ def prepare(args):
 
     meta = {"dataset": args.dataset, "vocab_size": len(ranks) + 1, "eot": len(ranks)}
     for split in ("train", "val"):
-        meta[split] = {unit: totals[split, unit] for unit in ("stories", "tokens", "bytes")}
+        meta[split] = {unit: totals[split][unit] for unit in ("stories", "tokens", "bytes")}
         meta[split]["sha256"] = file_hash(f"{new}/{split}.bin")
-        if totals[split, "bits"] > 0 and not args.instruct:  # known for all the text
-            meta[split]["bits_per_byte"] = totals[split, "bits"] / totals[split, "bytes"]
+        if totals[split]["bits"] > 0 and not args.instruct:  # known for all the text
+            meta[split]["bits_per_byte"] = totals[split]["bits"] / totals[split]["bytes"]
     meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage, "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
     meta["source"] = [{"file": path, "split": split, "bytes": os.path.getsize(path)} for path, split in files]
     meta["cleaning"] = cleaning
     meta["instruct"] = {"hold_out": args.hold_out} if args.instruct else False
     with open(f"{new}/meta.json", "w") as file:
         json.dump(meta, file, indent=1)
+    # Every reader starts from meta.json. It goes first and comes last, so whoever finds it finds the bins it describes.
     if os.path.exists(f"{folder}/meta.json"):
-        os.remove(f"{folder}/meta.json")  # from here until the new one is there, readers see no dataset
+        os.remove(f"{folder}/meta.json")
     for name in ("train.bin", "val.bin", "val.skills.bin", "tokenizer.tiktoken", "meta.json"):
         os.replace(f"{new}/{name}", f"{folder}/{name}")
-    if not totals["val", "spans"]:
+    if not totals["val"]["spans"]:
         os.remove(f"{folder}/val.skills.bin")  # it holds no label
+    report(meta, args.clean)
+    share = f", {coverage:.2%} of GPT-2's tokens kept whole" if coverage else ""
+    print(f"vocabulary {len(ranks) + 1:,}{share}; {folder} is ready after {time.time() - started:.0f} s: "
+          f"python train.py --dataset={args.dataset}")
 
-    for what, count in sorted(cleaning.items()):
+
+def report(meta, clean):
+    """Print what cleaning did, how large the splits are, and whether val is too small."""
+    if meta["cleaning"] and clean:
+        print("cleaning (--clean=False leaves the stories as they are):")
+    for what, count in sorted(meta["cleaning"].items()):
         print(f"  {count:9,} {what}")
     for split in ("train", "val"):
         stories, tokens, size = (meta[split][unit] for unit in ("stories", "tokens", "bytes"))
         print(f"{split:5} {stories:9,} stories {tokens:13,} tokens {size:13,} bytes, {size / tokens:.2f} a token")
-    share = f", {coverage:.2%} of GPT-2's tokens kept whole" if coverage else ""
-    print(f"vocabulary {len(ranks) + 1:,}{share}; {folder} is ready after {time.time() - started:.0f} s: "
-          f"python train.py --dataset={args.dataset}")
+    if stories < 100:
+        print(f"only {stories} stories for validation: figures will be noisy; raise --val_fraction or add stories")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -592,21 +599,24 @@ def load_meta(dataset):
         with open(f"data/{dataset}/meta.json") as file:
             meta = json.load(file)
     except (FileNotFoundError, ValueError):
-        sys.exit(f"no dataset in data/{dataset}: {remedy}")
+        existing = sorted(os.path.dirname(path) for path in glob.glob("*/meta.json", root_dir="data"))
+        others = f"name one that exists: {', '.join(existing)}" if existing else "make one with python -m lab.world"
+        sys.exit(f"no dataset in data/{dataset}: {remedy}, with --input=FILE if its stories are elsewhere, or {others}")
     if not os.path.exists(tokenizer) or file_hash(tokenizer) != meta["tokenizer"]["sha256"]:
         sys.exit(f"{tokenizer} is not the one that meta.json names: {remedy}")
     return meta
 
 
 def load_tokens(dataset, name):
-    """The tokens of a bin ("train" or "val"), or the labels "val.skills", as a memory-mapped array of uint16."""
-    path, remedy = f"data/{dataset}/{name}.bin", f"run python prepare.py --dataset={dataset}"
+    """The tokens of a bin ("train" or "val"), or the labels "val.skills", as a memory-mapped array of uint16.
+
+    Ends the program if the file does not have the size that meta.json says."""
+    path = f"data/{dataset}/{name}.bin"
     expected = 2 * load_meta(dataset)[name.split(".")[0]]["tokens"]  # bytes
-    if not os.path.exists(path):
-        sys.exit(f"no {path}: {remedy}")
-    size = os.path.getsize(path)
+    size = os.path.getsize(path) if os.path.exists(path) else 0
     if size != expected:
-        sys.exit(f"{path} has {size:,} bytes, meta.json says {expected:,}: prepare was interrupted? {remedy}")
+        sys.exit(f"{path} has {size:,} bytes, meta.json says {expected:,}: prepare was interrupted? "
+                 f"run python prepare.py --dataset={dataset}")
     return np.memmap(path, "<u2", mode="r")
 
 
@@ -622,12 +632,14 @@ def main(argv=None):
                   low=257, high=65_535)  # the single bytes, and what uint16 holds
     parser.option("val_fraction", 0.01, "share held out where no file name or record names a split", low=0, high=1)
     parser.option("max_stories", None, "keep only so many train stories (default: all)", type=int, low=1)
-    parser.option("clean", True, "repair and remove broken and repeated stories")
+    parser.option("clean", True, "repair stories, and remove broken, repeated and very short ones")
     parser.option("instruct", False, "put features, words, summary and a sentence before each story, where known")
     parser.option("hold_out", "", "instructions never together in train, e.g. words+summary")
     parser.option("seed", 1, "of the instructions drawn")
     args = parser.parse_args(argv)
 
+    if not re.fullmatch(r"[^/\\]+", args.dataset):
+        sys.exit(f"--dataset={args.dataset} must name a folder under data/: name files elsewhere with --input")
     if args.version and args.input:
         sys.exit("--version downloads TinyStories and --input reads other files: leave one of them out")
     if args.dataset == "tinystories" and not args.input and not args.version:
@@ -635,7 +647,7 @@ def main(argv=None):
     if args.vocab_size and args.tokenizer not in ("bpe", "gpt2"):
         sys.exit(f"--tokenizer={args.tokenizer} has a size of its own: leave --vocab_size out")
     if args.vocab_size is None:
-        args.vocab_size = 10_000 if args.tokenizer == "gpt2" else 4096
+        args.vocab_size = 10_000 if args.tokenizer == "gpt2" else 4096  # 10,000 as in the paper
     args.hold_out = [field for field in args.hold_out.split("+") if field]  # "" gives []
     if not set(args.hold_out) <= set(INSTRUCTIONS):
         sys.exit(f"--hold_out={'+'.join(args.hold_out)} names other fields than {'+'.join(INSTRUCTIONS)}")

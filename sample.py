@@ -28,6 +28,8 @@ def load_run(path, device="cpu", block_size=0):
     if block_size and config.pos == "learned" and block_size != config.block_size:
         sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens and no other")
     config.block_size = block_size or config.block_size
+    # cuDNN's attention plans for each new shape, for up to half a second, and a story has a new shape at every token
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model = GPT(config).to(device)
     model.load_state_dict(checkpoint["model"])
     folder = path
@@ -80,14 +82,18 @@ def generate(model, ids, max_tokens, seeds, eot, **settings):
     text = torch.tensor(ids, device=device).expand(len(seeds), -1)  # (B, T)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = torch.stack([torch.rand(max_tokens, generator=g) for g in generators]).to(device)  # (B, max_tokens)
-    cache = Cache(model, len(seeds))
+    graphed_step = reuse_graphs(model, len(seeds), settings)  # None without a GPU
+    cache = graphed_step.cache if graphed_step else Cache(model, len(seeds))
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
     unread = text
     for i in range(max_tokens):
         if cache.length + unread.size(1) > block_size:  # the context is full, or the prompt is too long for it
             cache.length = 0
             unread = text[:, -max(1, block_size // 2):]
-        token = pick(model(unread, cache=cache)[:, -1], draws[:, i], **settings)
+        if graphed_step and cache.length:
+            token = graphed_step(unread, draws[:, i])
+        else:
+            token = pick(model(unread, cache=cache)[:, -1], draws[:, i], **settings)
         token = torch.where(ended, eot, token)  # the batch goes on until its longest story has ended
         ended |= token == eot
         yield token
@@ -95,6 +101,75 @@ def generate(model, ids, max_tokens, seeds, eot, **settings):
             return
         unread = token[:, None]
         text = torch.cat((text, unread), dim=1)
+
+
+class GraphedStep:
+    """A step of `generate` as CUDA graphs: from the last token of B stories to the next one, (B,).
+
+    Python launches some 300 kernels a step, which takes longer than they run. A CUDA graph records them once, and
+    launches all of them with one call. It repeats the same kernels on the same memory: so inputs are copied into tensors
+    that stay, and there is a graph for every `graph_keys` positions, in which attention reads all keys up to the next
+    multiple and masks those that are not there yet. The kernels are those that model.py launches, whatever it does.
+
+    record(step): calls step(), and returns a function that repeats on the device what it did there."""
+
+    def __init__(self, model, batch_size, settings, record=None, graph_keys=64):
+        self.model, self.settings, self.graph_keys = model, settings, graph_keys
+        self.record = record or record_cuda_graph
+        self.cache, device = Cache(model, batch_size), model.head.weight.device
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.draws = torch.zeros(batch_size, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.next_token = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.replays = {}  # {number of keys: function that replays the graph}
+
+    def __call__(self, token, draws):
+        cache, length = self.cache, self.cache.length
+        self.token.copy_(token)
+        self.draws.copy_(draws)
+        self.position.fill_(length)
+        n_keys = min((length // self.graph_keys + 1) * self.graph_keys, self.model.config.block_size)
+        if n_keys not in self.replays:
+            cache.position, cache.max_keys = self.position, n_keys
+            last_embedding = cache.last_embedding.clone()  # recording takes steps, which must not count
+            self.replays[n_keys] = self.record(self.step)
+            cache.last_embedding.copy_(last_embedding)
+            cache.position = None
+        self.replays[n_keys]()
+        cache.length = length + 1
+        return self.next_token.clone()
+
+    def step(self):
+        length = self.cache.length
+        logits = self.model(self.token, cache=self.cache)[:, -1]
+        self.next_token.copy_(pick(logits, self.draws, **self.settings))
+        self.cache.length = length
+
+
+def record_cuda_graph(step):
+    """Record the kernels that step() launches, and return a function that launches them again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # libraries prepare themselves at their first call, which cannot be recorded
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def reuse_graphs(model, batch_size, settings):
+    """The GraphedStep of the last call of `generate` if it was for a batch of the same size, else a new one; None where
+    the model is not on a GPU with CUDA, or not ours."""
+    if model.head.weight.device.type != "cuda" or not isinstance(model, GPT):
+        return None
+    key = (batch_size, model.head.weight.dtype, settings)
+    if getattr(model, "graphed_step", (None, None))[0] != key:
+        model.graphed_step = key, GraphedStep(model, batch_size, settings)
+    graphed_step = model.graphed_step[1]
+    graphed_step.cache.length = 0
+    return graphed_step
 
 
 def speed_up_single_rows(model, parts=2):
@@ -206,8 +281,8 @@ def command_line():
     parser.option("interactive", False, "type beginnings, the model continues them")
     parser.option("seed", 1, "of the first story; the next one has the next seed", low=0)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
-    parser.option("dtype", "float32", "bfloat16 is faster for many stories, where the device is fast at it",
-                  choices=("float32", "bfloat16"))
+    parser.option("dtype", "float32", "16 bits are faster for many stories, where the device is fast at them",
+                  choices=("float32", "bfloat16", "float16"))
     return parser
 
 

@@ -66,8 +66,10 @@ def command_line():
     parser.option("warmup", 0.02, "share of the run in which the learning rate rises", low=0, high=1)
     parser.option("cooldown", 0.6, "share of the run in which wsd lowers it; 0 never does", low=0, high=1)
     parser.option("clip", 1.0, "maximum norm of the gradient; 0 means no limit", low=0)
-    parser.option("batch_tokens", 4096, "total batch size in tokens, over all micro steps and processes", low=1)
-    parser.option("batch_size", 32, "maximum micro-batch size in rows; the rest is gradient accumulation", low=1)
+    parser.option("batch_tokens", None, "total batch size in tokens, over all micro steps and processes (default: "
+                  "4096; on a GPU up to 65536, the more the longer the run)", type=int, low=1)
+    parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation (default: "
+                  "32; on a GPU what half of its memory holds, at most 128)", type=int, low=1)
     # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
@@ -201,8 +203,6 @@ class Run:
     def __init__(self, args):
         self.args, self.data = args, TrainData(args)
         self.rank, self.processes, self.device, self.dtype = start_processes(args.device, args.dtype)
-        self.micro_batch, self.micro_steps = plan_batch(args, self.processes)
-        self.step_tokens = self.micro_batch * self.micro_steps * self.processes * args.block_size
         name = f"{'+'.join(self.data.mix)}-{args.n_layer}x{args.n_embd}"
         self.out_dir = args.out_dir or os.path.join("out", name)
         self.log_path = os.path.join(self.out_dir, "log.jsonl")
@@ -213,7 +213,8 @@ class Run:
         self.config = GPTConfig(self.data.metas[self.data.first]["vocab_size"], args.block_size, args.n_layer,
                                 args.n_head, args.n_embd, args.pos, args.smear)
         self.model = GPT(self.config, args.embed_std).to(self.device)
-        self.forward = self.model  # compile_model() wraps it; the weights are the same
+        self.flops_per_token = self.model.flops_per_token()
+        self.forward = self.model  # prepare_forward() wraps it; the weights are the same
         self.optimizers = make_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -224,8 +225,10 @@ class Run:
         elif args.init_from:
             load_initial_weights(self)
         self.first_step = self.step  # of this session
-        self.flops_per_token = self.model.flops_per_token()
         tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000
+        args.batch_tokens = args.batch_tokens or choose_batch_tokens(args, tokens, self.device)
+        self.micro_batch, self.micro_steps = plan_batch(self, args.batch_size or max_micro_batch(self))
+        self.step_tokens = self.micro_batch * self.micro_steps * self.processes * args.block_size
         self.max_steps = args.max_steps or math.ceil(tokens / self.step_tokens)
         self.compiling = should_compile(self)
 
@@ -259,14 +262,40 @@ class Run:
                 file.write(json.dumps(line) + "\n")
 
 
-def plan_batch(args, processes):
+def choose_batch_tokens(args, tokens, device):
+    """The total batch size for a run of so many tokens, if --batch_tokens does not say it.
+
+    Small steps learn the most from few tokens, and a CPU takes them as fast as large ones. A GPU would be idle for most
+    of a small step. A long run loses little by larger ones, so there the batch grows with the square root of its
+    length, in powers of two."""
+    if device.type != "cuda" or args.max_steps:
+        return 4096
+    if args.max_minutes:
+        return 16384 if args.max_minutes > 2 else 4096
+    exponent = round(math.log2(4096 * (tokens / 5e6) ** 0.5))
+    return min(max(4096, 2**exponent), 65536)
+
+
+def max_micro_batch(run):
+    """The largest micro batch in rows, if --batch_size does not say it: on a GPU, what half of its memory holds."""
+    if run.device.type != "cuda":
+        return 32
+    # what the backward pass needs of a token without compiling, by a test: some 50 bytes a channel and layer, and the
+    # logits, their copy in float32 and its gradient
+    token_bytes = 50 * run.config.n_layer * run.config.n_embd + 12 * run.config.vocab_size
+    memory = torch.cuda.get_device_properties(run.device).total_memory
+    return min(max(1, memory // 2 // (token_bytes * run.config.block_size)), 128)
+
+
+def plan_batch(run, max_rows):
     """(micro-batch size in rows, micro steps a step), so that all processes together make up --batch_tokens."""
-    rows = args.batch_tokens // args.block_size
-    micro_batch = min(args.batch_size, rows // processes)
-    if not micro_batch or rows % (micro_batch * processes):
-        sys.exit(f"--batch_tokens={args.batch_tokens} is {rows} rows of --block_size={args.block_size}, which "
-                 f"{processes} process(es) cannot share in micro batches of {micro_batch} rows: choose multiples")
-    return micro_batch, rows // (micro_batch * processes)
+    rows = run.args.batch_tokens // run.args.block_size
+    rows_each, rest = divmod(rows, run.processes)
+    if not rows_each or rest:
+        sys.exit(f"--batch_tokens={run.args.batch_tokens} is {rows} rows of --block_size={run.args.block_size}, which "
+                 f"{run.processes} process(es) cannot share: choose a multiple")
+    micro_batch = max(n for n in range(1, min(max_rows, rows_each) + 1) if rows_each % n == 0)
+    return micro_batch, rows_each // micro_batch
 
 
 def read_own_checkpoint(run):
@@ -279,6 +308,7 @@ def read_own_checkpoint(run):
     if not os.path.exists(path):
         sys.exit(f"there is no run in {run.out_dir} to continue: leave --resume out, or name a run with --out_dir")
     checkpoint = load_checkpoint(path)
+    args.batch_tokens = args.batch_tokens or checkpoint["args"]["batch_tokens"]  # chosen when the run was begun
     check_resumable(checkpoint, args, vars(command_line().parse_args([])), run.out_dir)
     # the walk over the rows goes on where it stopped, which has a meaning only in the same bins
     if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
@@ -325,6 +355,14 @@ def save_run(run):
         save_checkpoint({**weights_of(run), **state}, os.path.join(run.out_dir, "ckpt.pt"))
 
 
+def keep_weights(run):
+    """Save the weights beside the checkpoint, under the number of the step."""
+    if run.rank == 0:
+        started = time.perf_counter()
+        save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
+        run.clock.paused_seconds += time.perf_counter() - started
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # before the first step. Everything that can be refused has been refused before this begins.
 
@@ -338,8 +376,10 @@ def should_compile(run):
         return False
     if run.args.max_minutes:
         return run.args.max_minutes > 2
-    flops = run.max_steps * run.step_tokens * run.flops_per_token
-    return flops > (2e13 if run.device.type == "cpu" else 5e15)  # some two minutes of training without compiling
+    two_minutes = 2e13  # FLOPs that take about so long without compiling
+    if run.device.type == "cuda":
+        two_minutes = 4e13 * torch.cuda.get_device_properties(run.device).multi_processor_count
+    return run.max_steps * run.step_tokens * run.flops_per_token > two_minutes
 
 
 def open_run_folder(run):
@@ -371,23 +411,47 @@ def describe(run):
             f"{4 * numbers / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
 
 
-def compile_model(run):
-    """Compile the forward and the backward pass, if that is wanted, and share the model among processes."""
+def prepare_forward(run):
+    """Compile the model if that is wanted, find a micro batch that fits into a GPU's memory, and share the model among
+    processes. Compiling and memory are tried out with a first batch, which is not learned from."""
     if run.compiling:
         run.say("compiling, about half a minute")
+    while run.compiling or run.device.type == "cuda":
         try:
-            run.forward = torch.compile(run.model)
-            # torch compiles for the shapes of the first batch that it sees, so give it one of the right shape
-            idx = torch.zeros(run.micro_batch, run.args.block_size + 1, dtype=torch.int64, device=run.device)
-            with run.autocast():
-                loss = run.forward(idx[:, :-1], idx[:, 1:]).mean()
-            loss.backward()
+            run.forward = torch.compile(run.model, dynamic=False) if run.compiling else run.model
+            try_batch(run)
+            break
+        except torch.OutOfMemoryError:
+            halve_micro_batch(run)
         except Exception as error:  # no compiler, an old GPU, …: the plain model trains as well
+            if not run.compiling:
+                raise
             run.say(f"compiling fails here ({error.__class__.__name__}): going on without it, more slowly")
-            run.forward = run.model
-        run.model.zero_grad(set_to_none=True)  # that batch was not data
+            run.forward, run.compiling = run.model, False
     if run.processes > 1:
-        run.forward = DistributedDataParallel(run.forward)
+        smallest = torch.tensor(run.micro_batch)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        run.micro_batch, run.micro_steps = plan_batch(run, smallest.item())
+        run.forward = DistributedDataParallel(run.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def try_batch(run):
+    """The forward and the backward pass of a micro batch of zeros. Compiled code is made for the shapes of this one."""
+    idx = torch.zeros(run.micro_batch, run.args.block_size + 1, dtype=torch.int64, device=run.device)
+    try:
+        with run.autocast():
+            loss = run.forward(idx[:, :-1], idx[:, 1:]).mean()
+        loss.backward()
+    finally:
+        run.model.zero_grad(set_to_none=True)
+
+
+def halve_micro_batch(run):
+    """Go on with smaller micro batches, and more of them: the step stays the same."""
+    if run.micro_batch == 1:
+        sys.exit("not even one row fits into the GPU's memory: lower --block_size, --n_embd or --n_layer")
+    run.micro_batch, run.micro_steps = plan_batch(run, run.micro_batch // 2)
+    run.say(f"out of memory: going on with micro batches of {run.micro_batch} rows")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -428,8 +492,8 @@ def train(run, signals):
         bar.update(progress * bar.total - bar.n)
 
         # evaluate, and save so that no more than the steps since then can be lost
-        if args.keep == "log" and run.step & (run.step - 1) == 0 and run.rank == 0:  # a power of two
-            save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
+        if args.keep == "log" and run.step & (run.step - 1) == 0:  # a power of two
+            keep_weights(run)
         if evaluating:
             evaluate_and_save(run)
             progress, stopping = sync_progress(run, signals)  # an evaluation takes time
@@ -509,6 +573,7 @@ def log_step(run, loss, grad_norm, bar, write):
                   "grad_norm": grad_norm.item() if grad_norm.isfinite() else None}
         peak = peak_flops(run.device, run.dtype)
         if peak:
+            # attention counts half, since it is causal; nanoGPT counts all of it
             values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
         run.log(**values)
     bar.set_postfix_str(f", loss {train_loss:.3f}, {run.speed:,.0f} tok/s", refresh=False)
@@ -534,8 +599,8 @@ def evaluate_and_save(run):
     story = encoding.decode(ids).replace("\n", "\n  ")
     run.say(f"step {run.step:,}: train loss {run.train_loss:.3f}, val_bpb {result['val_bpb']:.4f}, {time_left(run)}\n"
             f"  {story}")
-    run.clock.evaluation_seconds += time.perf_counter() - started
     save_run(run)
+    run.clock.paused_seconds += time.perf_counter() - started
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -594,8 +659,12 @@ def main(argv=None):
         with stop_signals() as signals:  # around compiling too, in which torch can swallow a KeyboardInterrupt
             open_run_folder(run)
             describe(run)
-            compile_model(run)
-            train(run, signals)
+            prepare_forward(run)
+            try:
+                train(run, signals)
+            except torch.OutOfMemoryError:
+                sys.exit(f"out of memory at step {run.step:,}; the last checkpoint stays: run the same command again "
+                         f"with --resume --batch_size={max(1, run.micro_batch // 2)}")
     elif is_summarized(run):
         run.say(f"{run.out_dir} is finished (step {run.step:,}): give a longer run to continue it, or grade it with "
                 f"python eval.py {run.out_dir}")

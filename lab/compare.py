@@ -66,18 +66,22 @@ def merge_seeds(results):
 def merge(values):
     """Merge a section, a curve or a figure of several runs; None stands for a run that lacks it.
 
-    Sections are merged figure by figure, curves step by step. A figure becomes [mean, lowest, highest], unless it is a
-    count or a text that is the same in all runs."""
+    Sections are merged figure by figure, curves step by step. An estimate becomes [mean, lowest, highest], and [value]
+    if only one run has it: a bootstrap interval would be taken for the range of the seeds. Numbers and texts that are
+    the same in all runs stay; texts that differ become None."""
     values = [value for value in values if value is not None]
-    if values and isinstance(values[0], dict):
+    if not values:
+        return None
+    if isinstance(values[0], dict):
         return {key: merge([value.get(key) for value in values]) for key in values[0]}
-    if values and isinstance(values[0], list) and isinstance(values[0][0], list):
+    if isinstance(values[0], list) and isinstance(values[0][0], list):
         return merge_curves(values)
-    values = [value[0] if isinstance(value, list) else value for value in values]
-    if len(set(values)) == 1 and not isinstance(values[0], float):
+    if not isinstance(values[0], list) and all(value == values[0] for value in values):
         return values[0]
-    numbers = [value for value in values if not isinstance(value, str)]
-    return [sum(numbers) / len(numbers), min(numbers), max(numbers)] if numbers else None
+    numbers = [value[0] if isinstance(value, list) else value for value in values if not isinstance(value, str)]
+    if len(numbers) > 1:
+        return [sum(numbers) / len(numbers), min(numbers), max(numbers)]
+    return numbers or None
 
 
 def merge_curves(curves):
@@ -242,8 +246,12 @@ def html_table(results):
 
 def by_size(results, title, figure):
     """[(parameters, low, value, high)] of one figure, for the runs that have it."""
-    figures = [(result["model"]["parameters"], result.get(title, {}).get(figure)) for result in results.values()]
-    return [(parameters, value[1], value[0], value[2]) for parameters, value in figures if isinstance(value, list)]
+    points = []
+    for result in results.values():
+        value = result.get(title, {}).get(figure)
+        if isinstance(value, list):  # [value, low, high], or [value] alone
+            points.append((result["model"]["parameters"], min(value), value[0], max(value)))
+    return points
 
 
 def draw_charts(results, logs):

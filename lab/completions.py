@@ -2,7 +2,8 @@
 
     python -m lab.completions out/a
 
-Adds the sections "completions" and, for models trained on instructions, "instructions of NAME" to out/a/eval.json."""
+Adds the section "completions" to out/a/eval.json and, where stories come with instructions (prepare.py --instruct),
+"instructions of NAME". All that is measured here can be counted; lab.judge asks a large model how good the text is."""
 import os
 import re
 from collections import defaultdict
@@ -19,34 +20,43 @@ from sample import generate
 
 
 def words_of(text):
+    """The words of a text in lower case. "don't" is one word."""
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
 def ngrams(words, n):
+    """All runs of n words, as tuples: the words, the words from the second on, and so on, side by side."""
     return list(zip(*(words[i:] for i in range(n))))
 
 
 def complete(subject, prompts, max_tokens, each=1, title="completing"):
-    """[[token ids]] of `each` continuations of every prompt at temperature 1, without <|endoftext|>. The i-th of all
-    draws from seed i + 1. One of fewer than max_tokens tokens has ended by itself."""
+    """[[token ids]] of `each` continuations of every prompt at temperature 1, without <|endoftext|>.
+
+    A continuation of fewer than max_tokens tokens has ended by itself. The i-th of all draws from its own seed, i + 1:
+    so it does not depend on the others in its batch."""
     eot = subject.encoding.eot_token
-    rows = [[eot] + subject.encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(each)]
-    by_length = defaultdict(list)  # prompts of one length can share a batch
+    rows = []
+    for prompt in prompts:
+        rows += each * [[eot] + subject.encoding.encode_ordinary(prompt)]
+    by_length = defaultdict(list)  # only prompts of one length can share a batch, since nothing is padded
     for i, row in enumerate(rows):
         by_length[len(row)].append(i)
-    batches = [group[i:i + 50] for group in by_length.values() for i in range(0, len(group), 50)]
+    batches = []
+    for group in by_length.values():
+        batches += [group[i:i + 50] for i in range(0, len(group), 50)]
     result = [None] * len(rows)
     for batch in tqdm(batches, desc=title, leave=False, disable=None):
         seeds = [i + 1 for i in batch]
         columns = list(generate(subject.model, [rows[i] for i in batch], max_tokens, seeds, eot))
-        for i, ids in zip(batch, torch.stack(columns, dim=1).tolist()):
-            result[i] = [token for token in ids if token != eot]
+        for i, ids in zip(batch, torch.stack(columns, dim=1).tolist()):  # (B, T)
+            result[i] = [token for token in ids if token != eot]  # rows that end first are filled up with it
     return [result[i:i + each] for i in range(0, len(rows), each)]
 
 
 def pick_stories(tokens, eot, n, min_tokens=75):
-    """Up to n stories (lists of ids) of more than `min_tokens` tokens, evenly spread over a file, of which little else
-    is read."""
+    """Up to n stories (lists of ids) of more than `min_tokens` tokens, evenly spread over the tokens of a file.
+
+    A file may hold a billion tokens, so only the first 20,000 after each of n places are read."""
     stories = {}
     for start in np.linspace(0, len(tokens), n, endpoint=False).astype(int).tolist():
         part = np.asarray(tokens[start:start + 20_000])
@@ -59,66 +69,91 @@ def pick_stories(tokens, eot, n, min_tokens=75):
 
 
 def grade_completions(subject, completions, max_tokens):
-    """What can be counted in continuations [[token ids] of each prompt]: length, repetition and diversity."""
-    texts = [[words_of(subject.encoding.decode(ids)) for ids in group] for group in completions]
-    n_words = [sum(map(len, group)) for group in texts]
-    fourgrams = [[ngrams(text, 4) for text in group] for group in texts]
-    figures = {
-        "ended by themselves": interval([np.mean([len(ids) < max_tokens for ids in group]) for group in completions]),
-        "length in words": interval(n_words, list(map(len, texts))),
-        "4-grams that repeat one of the same text": interval(
-            [sum(len(text) - len(set(text)) for text in group) for group in fourgrams],
-            [sum(map(len, group)) for group in fourgrams])}
-    for n in range(1, 5):
-        groups = [[gram for text in group for gram in ngrams(text, n)] for group in texts]
-        figures[f"distinct {n}-grams among a prompt's"] = interval(
-            [len(set(grams)) for grams in groups], list(map(len, groups)))
-    nearest = rouge2_with_nearest([text for group in texts for text in group])
-    figures["Rouge-2 with the likest other"] = interval(nearest.reshape(len(texts), -1).mean(1))
-    return figures
+    """{figure: interval} of what can be counted in continuations, [[token ids] of each prompt].
+
+    All figures are sums over a prompt's continuations, since the bootstrap draws prompts: continuations of the same
+    prompt are alike."""
+    ended, n_words, repeated, n_fourgrams, texts = [], [], [], [], []
+    for group in completions:
+        words = [words_of(subject.encoding.decode(ids)) for ids in group]
+        fourgrams = [ngrams(text, 4) for text in words]
+        texts += words
+        ended.append(np.mean([len(ids) < max_tokens for ids in group]))
+        n_words.append(sum(map(len, words)))
+        repeated.append(sum(len(text) - len(set(text)) for text in fourgrams))  # a model in a loop repeats itself
+        n_fourgrams.append(sum(map(len, fourgrams)))
+    nearest = rouge2_with_nearest(texts).reshape(len(completions), -1)  # (prompts, continuations of each)
+    return {"ended by themselves": interval(ended),
+            "length in words": interval(n_words, list(map(len, completions))),
+            "4-grams that repeat one of the same text": interval(repeated, n_fourgrams),
+            "Rouge-2 with the likest other": interval(nearest.mean(1))}  # high if the model writes one story all over
 
 
 def rouge2_with_nearest(texts):
-    """(N,) the highest Rouge-2 (F1 of their sets of bigrams) of each text (a list of words) with any other."""
+    """(N,) the highest Rouge-2 of each text (a list of words) with any other of N texts.
+
+    Rouge-2 (Lin 2004) is the F1 of the texts' sets of bigrams: twice the number that both have, over the sum of their
+    sizes. A matrix product counts the shared bigrams of all pairs at once."""
     bigrams = [set(ngrams(text, 2)) for text in texts]
     column = {bigram: i for i, bigram in enumerate(set().union(*bigrams))}
-    matrix = np.zeros((len(texts), len(column)), np.float32)  # which text has which bigram
+    matrix = np.zeros((len(texts), len(column)), np.float32)  # (N, bigrams): which text has which bigram
     for row, text_bigrams in zip(matrix, bigrams):
         row[[column[bigram] for bigram in text_bigrams]] = 1
-    sizes = matrix.sum(1)
-    f1 = 2 * (matrix @ matrix.T) / np.maximum(1, sizes[:, None] + sizes)
-    np.fill_diagonal(f1, 0)
+    sizes = matrix.sum(1)  # (N,)
+    f1 = 2 * (matrix @ matrix.T) / np.maximum(1, sizes[:, None] + sizes)  # (N, N)
+    np.fill_diagonal(f1, 0)  # not with itself
     return f1.max(1)
 
 
 def grade_instructions(subject, dataset, max_tokens):
-    """The share of what was asked for that a story has, for fields that were seen together in train and for those that
-    were held out. The controls are another story's words, which occur by chance."""
-    hold_out, groups, figures = set(load_meta(dataset)["instruct"]["hold_out"]), {"seen": [], "held-out": []}, {}
+    """{figure: interval}: how much of what instructions ask for is in the stories that the model writes after them.
+
+    Instructions are those of up to 60 validation stories. With prepare.py --hold_out=words+summary, no train story had
+    both words and a summary; instructions with both are graded apart, as held-out combinations."""
+    hold_out = set(load_meta(dataset)["instruct"]["hold_out"])
+    groups = {"seen": [], "held-out": []}
     for prompt, fields in read_instructions(dataset):
-        group = groups["held-out" if hold_out and hold_out <= set(fields) else "seen"]
-        if len(group) < 60 and set(fields) & {"words", "sentence", "summary"}:
+        is_held_out = bool(hold_out) and hold_out <= set(fields)
+        group = groups["held-out" if is_held_out else "seen"]
+        if len(group) < 60 and set(fields) & {"words", "sentence", "summary"}:  # features cannot be counted in a text
             group.append((prompt, fields))
+    figures = {}
     for name, group in groups.items():
         completions = complete(subject, [prompt for prompt, _ in group], max_tokens, title="following instructions")
         stories = [subject.encoding.decode(ids) for ids, in completions]
-        requests = [fields for _, fields in group]
-        figures[f"sentences included, {name} combinations"] = interval(
-            [fields["sentence"] in story for fields, story in zip(requests, stories) if "sentence" in fields])
-        words = [fields.get("words", "").split(", ") if "words" in fields else [] for fields in requests]
-        long_words = [sorted(set(re.findall(r"\w{4,}", fields.get("summary", "")))) for fields in requests]
-        for what, asked, count in (("words", words, count_inflected), ("summary's words", long_words, count_exact)):
-            for title, requested in ((f"{what} used", asked), (f"another's {what}", asked[1:] + asked[:1])):
-                used = [count(request, story) for request, story in zip(requested, stories)]
-                figures[f"{title}, {name} combinations"] = interval(used, list(map(len, requested)))
+        for title, figure in instructions_followed([fields for _, fields in group], stories).items():
+            figures[f"{title}, {name} combinations"] = figure
     return figures
 
 
+def instructions_followed(requests, stories):
+    """{figure: interval} of requests, {field: text} each, and the stories that were written for them.
+
+    The controls are the words of the next request: a story has some of these by chance."""
+    included = [fields["sentence"] in story for fields, story in zip(requests, stories) if "sentence" in fields]
+    words = [fields["words"].split(", ") if "words" in fields else [] for fields in requests]
+    # short words, such as "the", are in every story
+    summary_words = [sorted(set(re.findall(r"\w{4,}", fields.get("summary", "")))) for fields in requests]
+    return {"sentences included": interval(included),
+            "words used": share_used(words, stories, count_inflected),
+            "another's words": share_used(words[1:] + words[:1], stories, count_inflected),
+            "summary's words used": share_used(summary_words, stories, count_exact),
+            "another's summary's words": share_used(summary_words[1:] + summary_words[:1], stories, count_exact)}
+
+
+def share_used(requests, stories, count):
+    """The interval of the share of requested words, a list for each story, that the stories have."""
+    used = [count(words, story) for words, story in zip(requests, stories)]
+    return interval(used, list(map(len, requests)))
+
+
 def count_inflected(words, story):
+    """How many words a story has, in any form: "ran" counts for "run", as when stories are asked of a large model."""
     return len(words) - len(missing_words(words, story))
 
 
 def count_exact(words, story):
+    """How many words a story has, in the same form."""
     return len(set(words) & set(re.findall(r"\w+", story)))
 
 
@@ -126,6 +161,7 @@ def read_instructions(dataset):
     """Yield (text before the story, {field: value}) of a dataset's validation stories made with --instruct."""
     meta, encoding = load_meta(dataset), load_tokenizer(dataset)
     for ids in split_stories(np.asarray(load_tokens(dataset, "val")), meta["eot"]):
+        # lines such as "Words: ball, red, run", then "Story:" and the story
         head, separator, _ = encoding.decode(ids.tolist()).partition(instruction({}))
         lines = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
         if separator:

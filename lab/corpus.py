@@ -1,7 +1,7 @@
 """Measure how diverse files of stories are, and how much of its corpus a model has memorized.
 
     python -m lab.corpus a.jsonl b.txt      files of stories, side by side
-    python -m lab.corpus out/a              a run: "memorization of NAME", also added to its eval.json"""
+    python -m lab.corpus out/a              a run: the section "memorization of NAME" of its eval.json"""
 import glob
 import os
 import re
@@ -13,13 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common import CommandLine, newest_run, pick_device, print_table, run_main
-from eval import add_section, interval, load_subject
+from eval import add_section, interval, load_subject, print_section
 from generate import missing_words
-from lab.compare import figure_rows
 from lab.completions import complete, ngrams, pick_stories, words_of
 from prepare import fingerprint, load_tokenizer, load_tokens, read_records
-
-NO_TOKEN = 65535  # not the id of any token, since prepare.py allows at most 65,535 of them
 
 # -----------------------------------------------------------------------------------------------------------------
 # diversity: each measurement takes all records of a file, as a list in memory, and returns {figure: text}
@@ -43,14 +40,14 @@ def size(records):
 
 
 def copies(records):
-    """Exact copies of earlier stories in the file, and near-copies: more than half of their 8-grams of words are in one
-    earlier story.
+    """The share of exact copies of earlier stories in the file, and of near-copies: those of which more than half of
+    the 8-grams of words are in one earlier story.
 
-    To save memory, near-copies are judged by one 8-gram in sixteen. The choice depends on the hash of the 8-gram alone,
-    so that two copies are judged by the same ones."""
+    To save memory, near-copies are judged by one 8-gram in sixteen: those with a hash divisible by 16. So two copies
+    are judged by the same ones."""
     fingerprints = {fingerprint(record["story"]) for record in records}
     near = 0
-    first_story = {}  # hash of an 8-gram: number of the first story that has it
+    first_story = {}  # {hash of an 8-gram: number of the first story that has it}
     for number, record in enumerate(records):
         hashes = [zlib.crc32(" ".join(gram).encode()) for gram in ngrams(letters(record["story"].lower()), 8)]
         sample = [value for value in hashes if value % 16 == 0]
@@ -64,19 +61,17 @@ def copies(records):
 
 
 def openings(records):
-    """The commonest first sentence and first four words."""
+    """The commonest first sentence and first four words: a model that writes a corpus falls into a few of them."""
     stories = [record["story"] for record in records]
     sentences = Counter(re.split(r"(?<=[.!?])[\"”]?\s", story.strip(), maxsplit=1)[0] for story in stories)
     beginnings = Counter(" ".join(letters(story)[:4]) for story in stories)
-    figures = {"most common first sentence": percent(max(sentences.values()), len(stories))}
-    for i, (words, count) in enumerate(beginnings.most_common(3), 1):
-        figures[f"opening {i}"] = f"{words} {percent(count, len(stories))}"
-    once = sum("Once upon a time" in story for story in stories)
-    return {**figures, "with Once upon a time": percent(once, len(stories))}
+    (words, count), = beginnings.most_common(1)
+    return {"most common first sentence": percent(max(sentences.values()), len(stories)),
+            "most common opening": f"{words} {percent(count, len(stories))}"}
 
 
 def names(records):
-    """The commonest names: words capitalized within a sentence that rarely occur in lower case."""
+    """The three commonest names. A name is a word capitalized within a sentence that rarely occurs in lower case."""
     stories_with, lower_case = Counter(), Counter()
     for record in records:
         stories_with.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", record["story"])))
@@ -86,8 +81,8 @@ def names(records):
 
 
 def distinct_ngrams(records):
-    """Distinct n-grams of words. Only the first 100,000 words count, so that files of different sizes can be compared.
-    """
+    """Distinct n-grams of words. They grow more slowly than the text, so only the first 100,000 words of a file count:
+    then files of different sizes can be compared."""
     n_words, distinct = 0, {n: set() for n in range(1, 5)}
     for record in records:
         if n_words >= 100_000:
@@ -100,22 +95,16 @@ def distinct_ngrams(records):
 
 
 def labels(records):
-    """What records hold besides the story: requested words, features, and spans, the words in which a skill is needed.
-    """
-    requested, missing, n_words, features, skills = 0, 0, 0, Counter(), Counter()
+    """What records hold besides the story: the words that were requested, and the spans, which need a skill."""
+    requested, missing, n_words, skills = 0, 0, 0, Counter()
     for record in records:
         requested += len(record.get("words") or [])
         missing += len(missing_words(record.get("words") or [], record["story"]))
         n_words += len(letters(record["story"]))
-        features.update(record.get("features") or [])
         skills.update(span["skill"] for span in record.get("spans") or [])
-    figures = {}
+    figures = {f"{skill} spans per 100 words": f"{100 * count / n_words:.2f}" for skill, count in skills.items()}
     if requested:
         figures["requested words used"] = f"{100 - 100 * missing / requested:.1f} %"
-    for feature, count in sorted(features.items()):
-        figures[f"feature {feature}"] = percent(count, len(records))
-    for skill, count in skills.items():
-        figures[f"{skill} spans per 100 words"] = f"{100 * count / n_words:.2f}"
     return figures
 
 
@@ -145,67 +134,55 @@ def describe_files(patterns):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# memorization
+# memorization: a model that has memorized its corpus continues a train story as that story goes on, and writes what
+# stands somewhere in train. Both are measured after the beginnings of train stories, and of validation stories beside.
 
 
-def match_lengths(query, corpus, n=5, piece=2**20):
-    """(N,) for each position in `query` (N,): the length of the longest n-gram there that occurs anywhere in `corpus`,
-    or 0 if it has fewer than n tokens.
+def ngram_hashes(tokens, n):
+    """(N - n + 1,) from token ids (N,): a number of 64 bits for each n-gram.
 
-    Both hold token ids of 16 bits; the query ends with NO_TOKEN. The corpus is read once, piece by piece. All n-grams
-    of one length are compared at a time, as integers that are equal only for equal n-grams. At first, four ids fit into
-    64 bits. Then the n-grams that occur on both sides are numbered, and this number and the id of the next token make
-    the integer of an n-gram that is one token longer."""
-    query, lengths = np.asarray(query, np.int64), np.zeros(len(query), np.int64)
-    for start in tqdm(range(0, len(corpus), piece), desc="comparing with train", leave=False, disable=None):
-        part = np.asarray(corpus[start:start + piece + len(query)], np.int64)  # n-grams may end after the piece
-        query_keys, keys = pack_four(query), pack_four(part)[:piece]
-        query_positions, positions = np.arange(len(query_keys)), np.arange(len(keys))
-        length = 4
-        while len(query_positions) and len(positions):
-            # keep the positions whose n-gram occurs on both sides
-            known, query_numbers = np.unique(query_keys, return_inverse=True)
-            numbers = np.searchsorted(known, keys).clip(max=len(known) - 1)
-            shared = known[numbers] == keys
-            numbers, positions = numbers[shared], positions[shared]
-            shared = np.isin(query_numbers, numbers)
-            query_numbers, query_positions = query_numbers[shared], query_positions[shared]
-            if length >= n:
-                lengths[query_positions] = np.maximum(lengths[query_positions], length)
-            # extend the n-grams by their next token
-            inside = positions + length < len(part)
-            numbers, positions = numbers[inside], positions[inside]
-            query_keys = query_numbers << 16 | query[query_positions + length]
-            keys = numbers << 16 | part[positions + length]
-            length += 1
-    return lengths
-
-
-def pack_four(tokens):
-    """(N - 3,) from tokens (N,): each id and the three that follow it as one integer."""
-    return tokens[:-3] << 48 | tokens[1:-2] << 32 | tokens[2:-1] << 16 | tokens[3:]
+    It is the sum of the ids, each times a random number for its place, modulo 2^64. Equal n-grams have equal numbers,
+    and different ones practically never."""
+    factors = np.random.default_rng(0).integers(1, 2**63, n).astype(np.uint64)
+    tokens = np.asarray(tokens, np.uint64)
+    hashes = np.zeros(max(0, len(tokens) - n + 1), np.uint64)
+    for i, factor in enumerate(factors):
+        hashes += factor * tokens[i:i + len(hashes)]
+    return hashes
 
 
 def shared_ngrams(queries, corpus, n=5, piece=2**20):
-    """What each of Q queries, which are lists of token ids, shares with the corpus, as two arrays (Q,): the number of
-    tokens in its longest part that occurs there (0 if fewer than n), and the share of its n-grams that occur there."""
-    query = [token for ids in queries for token in [*ids, NO_TOKEN]]
-    ends = np.cumsum([len(ids) + 1 for ids in queries])
-    parts = np.split(match_lengths(query, corpus, n, piece), ends)[:-1]
-    longest = [part.max() for part in parts]
-    shares = [np.count_nonzero(part) / max(1, len(ids) - n + 1) for ids, part in zip(queries, parts)]
-    return np.array(longest), np.array(shares)
+    """(Q,) the share of the n-grams of each of Q queries, lists of token ids, that occur anywhere in the corpus.
+
+    It is 0 for a query of fewer than n tokens. The corpus may be larger than memory, so it is read piece by piece."""
+    hashes = [ngram_hashes(ids, n) for ids in queries]
+    wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+    occurs = np.zeros(len(wanted), bool)
+    for start in tqdm(range(0, len(corpus), piece), desc="comparing with train", leave=False, disable=None):
+        part = corpus[start:start + piece + n - 1]  # the last n-grams end after the piece
+        occurs |= np.isin(wanted, ngram_hashes(part, n))
+    shared = [np.isin(row, wanted[occurs]) for row in hashes]
+    return np.array([row.sum() / max(1, len(row)) for row in shared])
 
 
 def complete_stories(subject, dataset, split, max_tokens, n_stories=100):
-    """(continuations of the first 50 tokens of stories by the model, true continuations): two lists of texts."""
+    """(completions by the model of the first 50 tokens of stories, true endings of these): two lists of texts."""
     encoding = load_tokenizer(dataset)
     stories = pick_stories(load_tokens(dataset, split), encoding.eot_token, n_stories)
+    # without the last word, which may be cut in two; a prompt that ends inside a word is hard to continue
     beginnings = [encoding.decode(ids[:50]).rpartition(" ")[0] for ids in stories]
     texts = [encoding.decode(ids[:50 + max_tokens]) for ids in stories]
     endings = [text[len(beginning):] for text, beginning in zip(texts, beginnings)]
     completions = complete(subject, beginnings, max_tokens, title=f"completing {split} stories")
     return [subject.encoding.decode(ids) for ids, in completions], endings
+
+
+def rouge2_precision(texts, endings):
+    """The share of the bigrams of words of texts that the true endings also have (Rouge-2, Lin 2004)."""
+    bigrams = [Counter(ngrams(words_of(text), 2)) for text in texts]
+    true_bigrams = [Counter(ngrams(words_of(text), 2)) for text in endings]
+    shared = [(a & b).total() for a, b in zip(bigrams, true_bigrams)]
+    return interval(shared, [counts.total() for counts in bigrams])
 
 
 def memorization(subject, dataset, max_tokens):
@@ -217,36 +194,27 @@ def memorization(subject, dataset, max_tokens):
     figures, texts = {}, {}
     for split in ("train", "val"):
         completions, endings = complete_stories(subject, dataset, split, max_tokens)
-        bigrams = [Counter(ngrams(words_of(text), 2)) for text in completions]
-        true_bigrams = [Counter(ngrams(words_of(text), 2)) for text in endings]
-        shared = [(a & b).total() for a, b in zip(bigrams, true_bigrams)]
-        figures[f"Rouge-2 precision against the true ending, {split}"] = interval(
-            shared, [counts.total() for counts in bigrams])
+        figures[f"Rouge-2 precision against the true ending, {split}"] = rouge2_precision(completions, endings)
         texts[f"{split} completed"] = completions
     texts["true endings of val"] = endings
-    encoding = load_tokenizer(dataset)
+    encoding = load_tokenizer(dataset)  # the subject may have another one
     queries = [encoding.encode_ordinary(text) for group in texts.values() for text in group]
-    longest, shares = shared_ngrams(queries, load_tokens(dataset, "train"))
+    shares = shared_ngrams(queries, load_tokens(dataset, "train"))
     groups = np.repeat(list(texts), [len(group) for group in texts.values()])
-    for name in texts:  # "run" in the names of figures is a run of tokens
+    for name in texts:
         figures[f"5-grams of tokens that stand in train, {name}"] = interval(shares[groups == name])
-        figures[f"longest run that stands in train, {name}"] = interval(longest[groups == name])
-        figures[f"… the longest of all, {name}"] = int(longest[groups == name].max(initial=0))
     return {**figures, "measured with": f"--max_tokens={max_tokens}"}
 
 
 def grade_runs(runs, args):
-    """Print the memorization of runs, a column for each, and add it to their eval.json."""
+    """Print the memorization of runs, and add it to their eval.json."""
     device, _ = pick_device(args.device, "float32")
-    results = {}
     for run in runs:
         subject = load_subject(run, device, args.dataset)
-        results[run] = {}
         for dataset in subject.datasets:
-            title = f"memorization of {dataset}"
-            results[run][title] = memorization(subject, dataset, args.max_tokens)
-            add_section(subject, title, results[run][title])
-    print_table(figure_rows(results))
+            title, figures = f"memorization of {dataset}", memorization(subject, dataset, args.max_tokens)
+            add_section(subject, title, figures)
+            print_section(f"{run}: {title}", figures)
 
 
 def main(argv=None):

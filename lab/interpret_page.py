@@ -1,7 +1,4 @@
 """The page that lab/interpret.py writes, from what interpret.json holds. It fetches nothing."""
-import json
-import math
-from collections import Counter, defaultdict
 from html import escape
 
 import numpy as np
@@ -9,27 +6,11 @@ import numpy as np
 from lab.compare import chart, page
 
 STYLE = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit }
-.note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem }
-.neuron { margin: .6rem 0; overflow-wrap: anywhere }
+.note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem } .neuron { overflow-wrap: anywhere }
 .neuron q { display: block; quotes: none; padding-left: 1rem } th { vertical-align: bottom }
-input { font: inherit; padding: .3rem } .charts figure { max-width: 36rem }
-.map svg { min-width: 30rem } .map rect { fill: var(--c0) }
+.charts figure { max-width: 36rem } .map svg { min-width: 30rem } .map rect { fill: var(--c0) }
 .map g:hover rect { stroke: var(--c1); stroke-width: 2 }</style>
 """
-# the search reads [[title, excerpts]] of the neurons from the script element before it
-SEARCH = """<p><label>Search for a token: <input id="query" type="search"></label> <span id="count"></span></p>
-<div id="results" class="charts"></div><script>
-const neurons = JSON.parse(document.getElementById("neurons").textContent)
-const make = (tag, ...children) => { const e = document.createElement(tag); e.append(...children); return e }
-document.getElementById("query").oninput = ({ target }) => {
-  const word = target.value.trim().toLowerCase()
-  const hits = neurons.filter(([title, excerpts]) => word && excerpts.some(e => e[1].toLowerCase().includes(word)))
-  document.getElementById("count").textContent = word && `${hits.length} of ${neurons.length}`
-  document.getElementById("results").replaceChildren(...hits.slice(0, 30).map(([title, excerpts]) => {
-    const quotes = excerpts.map(([before, token, after]) => make("q", before, make("mark", token), after))
-    return Object.assign(make("div", make("b", title), ...quotes), { className: "neuron" })
-  }))
-}</script>"""
 
 
 def name_of(record):
@@ -39,11 +20,8 @@ def name_of(record):
 
 
 def format_cell(value):
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return escape(str(value))
+    """A float with three digits; all else as it is, escaped."""
+    return f"{value:.3g}" if isinstance(value, float) else escape(str(value))
 
 
 def table(header, rows):
@@ -71,86 +49,69 @@ def draw_map(head):
 
 
 def heads_section(results):
-    heads, controls = results["heads"], results["untrained heads"]
-    groups = {kind: [head for head in heads if head["type"] == kind] for kind in ("distance", "words", "mixed")}
-    points = {kind: [(head["distance"], head["words"]) for head in group]
-              for kind, group in {**groups, "untrained": controls}.items()}
+    """A chart of what explains each head, attention maps, and a table of all heads' figures."""
+    heads, controls, figures = results["heads"], results["untrained heads"], results["head figures"]
+    points = {"distance": [], "words": [], "mixed": []}
+    for head in heads:
+        points[head["type"]].append((head["distance"], head["words"]))
+    n = {kind: len(group) for kind, group in points.items()}
+    n_untrained = sum(head["type"] == "mixed" for head in controls)
+    points["untrained"] = [(head["distance"], head["words"]) for head in controls]
     axes = chart("What explains a head's attention?", "share explained by distance", "share explained by words", points,
                  lines=False)
-    decays = sorted((head["decay"] for head in groups["distance"]), reverse=True)
-    # the steepest head first; no less than 2^-12, as the decay of a head may be negative
-    learned = [(i, math.log2(max(decay, 2**-12))) for i, decay in enumerate(decays, 1)]
-    slopes = [(i, -8 * i / len(decays)) for i in range(1, len(decays) + 1)]
-    decay = chart("How fast distance heads forget", "rank of the distance head", "log2 of the decay per token",
-                  {"learned": learned, "ALiBi's slopes": slopes})
     maps = "".join(draw_map(head) for head in results["maps"])
-    figures = results["head figures"]
     rows = [[name_of(head), *(head[name] for name in figures)] for head in heads]
     meanings = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}" for name, text in figures.items())
-    n = {kind: len(group) for kind, group in groups.items()}
-    untrained = Counter(head["type"] for head in controls)["mixed"]
     return f"""<h2>Heads: by distance, or by words?</h2>
 <p class="lead">Of {len(heads)} heads {n["distance"]} attend by distance, {n["words"]} by words, and {n["mixed"]} are
-mixed. In an untrained model {untrained} are mixed.</p><div class="charts">{axes}{decay}</div>
-<p class="note">ALiBi's slopes are 2<sup>-8h/H</sup>, for h from 1 to the number H of distance heads.</p>
+mixed. In an untrained model {n_untrained} are mixed.</p><div class="charts">{axes}</div>
 <h3>Attention maps</h3><p>Each row is a token that attends to the columns. Hover for values.</p>
 <div class="charts">{maps}</div>
 <h3>Every head</h3>{table(["", *figures], rows)}<ul class="note">{meanings}</ul>"""
 
 
-def title_of(neuron):
-    return f"{name_of(neuron)}: {neuron['kind']} {neuron['share']:.0%}"
-
-
-def show_neuron(neuron):
+def show_neuron(neuron, title):
+    """HTML of a neuron's excerpts, with the token marked at which it is active."""
     quotes = [f"<q>{escape(before)}<mark>{escape(token)}</mark>{escape(after)}</q>"
               for before, token, after in neuron["excerpts"]]
-    return f'<div class="neuron"><b>{title_of(neuron)}</b>{"".join(quotes)}</div>'
+    return f'<div class="neuron"><b>{title}</b>{"".join(quotes)}</div>'
 
 
-def neurons_section(results, searchable=5000):
-    neurons, shares = results["neurons"], results["shares"]
-    by_kind = defaultdict(list)
-    for neuron in neurons:
-        by_kind[neuron["kind"]].append(neuron)
-    selective = "".join(show_neuron(neuron) for group in by_kind.values() for neuron in group[:4])
-    entries = [[title_of(neuron), neuron["excerpts"]] for neuron in neurons[:searchable]]
-    # a story with </script> must not end the script element
-    entries_json = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")
+def neurons_section(results):
+    shares, shown = results["shares"], [neuron for neuron in results["neurons"] if "excerpts" in neuron]
+    shown.sort(key=lambda neuron: neuron["kind"])
+    selective = "".join(show_neuron(neuron, f"{name_of(neuron)}: {neuron['kind']} {neuron['share']:.0%}")
+                        for neuron in shown)
     return f"""<h2>Neurons: what activates them?</h2>
 <p class="lead">Of the {results["top"]} different tokens that activate a neuron most, {shares["trained"]:.0%} are of the
 same kind of word, on average. With its activations at random places it would be {shares["shuffled"]:.0%}, with random
 weights {shares["untrained"]:.0%}.</p>
 <p class="note">The kinds are {", ".join(results["kinds"])}. Neurons that fewer tokens activate are left out.</p>
-<h3>The most selective neurons</h3><p>Four of each kind; the token at which the neuron is active is marked.</p>
-<div class="charts">{selective}</div>
-<script id="neurons" type="application/json">{entries_json}</script>{SEARCH}
-<p class="note">The search covers the {len(entries):,} most selective of {len(neurons):,} neurons.</p>"""
+<h3>The most selective neurons</h3><p>A few of each kind; the token at which the neuron is active is marked.</p>
+<div class="charts">{selective}</div>"""
 
 
 def main_character_section(results):
     ranked, title = results["main character"], "<h2>A neuron for the main character?</h2>"
     if not ranked:
         return f"{title}<p>Too few of these stories have one.</p>"
-    names = [name_of(record) for record in ranked]
-    excerpts = "".join(show_neuron(neuron) for neuron in results["neurons"] if name_of(neuron) in names[:2])
-    rows = [[name, record["later"], record["capital"]] for name, record in zip(names[:5], ranked)]
-    rows += [["the untrained model's best", record["later"], record["capital"]]
-             for record in results["untrained main character"]]
-    aurocs = table(["AUROC of the first mention against", "later mentions", "other capitalized words"], rows)
-    ablated = results["main character ablated"]
-    losses = table(["rise of the loss, in nats per token, without", "at later mentions", "elsewhere",
-                    "at later mentions, ablated at the first alone"],
-                   [[name, *rises] for name, rises in ablated.items()])
+    best, ablated = name_of(ranked[0]), results["main character ablated"]
+    named = [(name_of(record), record) for record in ranked[:5]]
+    named += [("the untrained model's best", record) for record in results["untrained main character"]]
+    aurocs = table(["AUROC of the first mention against", "later mentions", "other capitalized words"],
+                   [[name, record["later"], record["capital"]] for name, record in named])
+    losses = table(["rise of the loss at later mentions, in nats per token, without", "these neurons",
+                    "these at the first mention alone"], [[name, *rises] for name, rises in ablated.items()])
     return f"""{title}
-<p class="lead">In {ranked[0]["later"]:.0%} of pairs, {names[0]} is more active at the first mention of the main
+<p class="lead">In {ranked[0]["later"]:.0%} of pairs, {best} is more active at the first mention of the main
 character than at a later one. Without it, later mentions cost {ablated["the best"][0]:+.3f} nats.</p>
-<div class="charts">{excerpts}</div>{aurocs}{losses}
+{show_neuron(ranked[0], best)}{aurocs}{losses}
 <p class="note">An AUROC of 0.5 is chance. The best neurons are chosen on one half of the stories and measured on the
 other.</p>"""
 
 
 def skills_section(results):
+    """A table of how the share of passed probes changes with each layer, and with each of some heads, ablated."""
     intact, *ablated = results["ablations"]
     skills = [name for name in intact if name not in ("layer", "head", "loss")]
     layers = [record for record in ablated if record["head"] is None]
@@ -168,8 +129,7 @@ layer or a head is ablated. Words: {escape(results["probes"])}.</p>
 
 def lens_section(results):
     """Also for a model to which the logit lens does not apply: then there is no chart."""
-    lens = results["logit lens"]
-    series = {}
+    lens, series = results["logit lens"], {}
     if lens:
         series["mean"] = list(enumerate(np.mean([probe["lead"] for probe in lens], axis=0).tolist()))
     for probe in lens[:7]:

@@ -11,13 +11,14 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from itertools import chain
 
 from tqdm import tqdm
 
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list
-from generate import MAX_REQUESTS, Asking, connect, dollars, open_to_append, parse_server_args, read_lines
+from generate import MAX_REQUESTS, ask_all, connect, dollars, open_to_append, parse_server_args, read_lines
 from lab.completions import complete, pick_stories
 from prepare import instruction, load_tokenizer, load_tokens
 
@@ -56,13 +57,14 @@ def parse_marks(reply):
 def controls(dataset, n=30):
     """{name: [(beginning, ending)]} of n validation stories, with endings that are certainly good or bad."""
     encoding = load_tokenizer(dataset)
-    stories = [encoding.decode(ids) for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n)]
-    stories = [story.split(instruction({}))[-1] for story in stories]
-    cuts = [story.index(" ", len(story) // 3) for story in stories]
-    beginnings = [story[:cut] for story, cut in zip(stories, cuts)]
-    endings = [story[cut:].strip() for story, cut in zip(stories, cuts)]
-    words = [ending.split() for ending in endings]
-    shuffled = [" ".join(random.Random(1).sample(ending, len(ending))) for ending in words]
+    beginnings, endings, shuffled = [], [], []
+    for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n):
+        story = encoding.decode(ids).split(instruction({}))[-1]
+        cut = story.index(" ", len(story) // 3)
+        words = story[cut:].split()
+        beginnings.append(story[:cut])
+        endings.append(story[cut:].strip())
+        shuffled.append(" ".join(random.Random(1).sample(words, len(words))))
     return {"true endings": zip(beginnings, endings), "endings of others": zip(beginnings, endings[1:] + endings[:1]),
             "shuffled endings": zip(beginnings, shuffled)}
 
@@ -79,47 +81,61 @@ def make_questions(subject, prompts, args):
     return questions
 
 
-def get_marks(questions, path, asking, args):
-    """{question: marks, or None if its reply has none}. Asks the questions that have no reply on disk yet, and appends
-    their replies to the file `path`. Replies in the files of other runs count, because the controls are the same."""
-    by_key = {}
-    for groups in questions.values():
-        for question in chain(*groups):
-            by_key[hashlib.sha256(f"{args.model}\n{question}".encode()).hexdigest()[:32]] = question
+def read_replies(path):
+    """{key of a question: marks} of the replies that are on disk: in the file `path`, and in those of other runs, since
+    all runs on a dataset have the same controls."""
     replies = {}
     for file in sorted({path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}):
         for record in read_lines(file):
+            # a question that had a reply without marks was asked again
             replies[record["key"]] = record["marks"] or replies.get(record["key"])
-    items = [(key, by_key[key], MAX_REQUESTS) for key in sorted(by_key) if key not in replies]  # in random order
+    return replies
+
+
+def get_marks(questions, path, client, tokens, args):
+    """{question: marks, or None if its reply has none}. Asks the questions that have no reply on disk yet, and appends
+    their replies to the file `path`. `tokens` counts what this command has paid for."""
+    by_key = {}  # the judge's name is part of the key, so that each judge has its own replies
+    for groups in questions.values():
+        for question in chain(*groups):
+            by_key[hashlib.sha256(f"{args.model}\n{question}".encode()).hexdigest()[:32]] = question
+    replies = read_replies(path)
+    # sorted by a hash, so in random order: poor endings that get no marks do not come in a row, which would end the run
+    tasks = [(key, by_key[key], MAX_REQUESTS) for key in sorted(by_key) if key not in replies]
 
     def store(key, answer):
         replies[key] = parse_marks(answer.text)
         record = {"key": key, "judge": args.model, "reply": answer.text, "marks": replies[key],
-                  "finish": answer.finish, **answer.usage}
+                  "finish": answer.finish, "model": answer.model, **answer.tokens}
         print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
         return "" if replies[key] else "no marks"
 
-    if items:
-        client = connect(args)
-        tokens_in, tokens_out = sum(len(question) for _, question, _ in items) // 4, 300 * len(items)
-        print(f"{len(items):,} questions to {args.model}, and {len(by_key) - len(items):,} replies on disk: about "
+    if tasks:
+        tokens_in, tokens_out = sum(len(question) for _, question, _ in tasks) // 4, 300 * len(tasks)
+        print(f"{len(tasks):,} questions to {args.model}, and {len(by_key) - len(tasks):,} replies on disk: about "
               f"{tokens_in:,} tokens in, {tokens_out:,} out, ${dollars(args, tokens_in, tokens_out):.2f}")
-        with open_to_append(path) as file:
-            end = asking.run(client, items, store, tqdm(total=len(items), desc=args.model, disable=None))
-        if end:
+        request = {"model": args.model, "max_tokens": REPLY_TOKENS}
+        bar = tqdm(total=len(tasks), desc=args.model, disable=None)
+        try:
+            with open_to_append(path) as file:
+                ask_all(client, request, tasks, store, bar, args, tokens)
+        except (SystemExit, KeyboardInterrupt) as end:
             raise type(end)(f"{end}\nthe replies so far are in {path}: run the same command again to continue")
     return {question: replies[key] for key, question in by_key.items()}
 
 
 def grade(questions, marks, model):
-    """The figures of the section "judge". See make_questions and get_marks for the arguments."""
+    """The figures of the section "judge": each mark as [mean, low, high] for the run's own endings and each control.
+
+    See make_questions and get_marks for the arguments."""
     figures = {"judge": model}
     for name, groups in questions.items():
         marked = [[marks[question] for question in group if marks[question]] for group in groups]
         for mark in (*MARKS, "age"):
             title = f"{mark}, {name}" if name else mark
             figures[title] = interval([sum(m[mark] for m in group) for group in marked], list(map(len, marked)))
-    # a judge that is fit gives endings of other stories less for consistency, and shuffled words less for grammar
+    # A fit judge gives endings of other stories less for consistency, and shuffled words less for grammar. It is unfit
+    # if the 95 % interval of the mean difference, [mean, low, high], reaches down to 0.
     for mark, control in (("consistency", "endings of others"), ("grammar", "shuffled endings")):
         pairs = [(marks[a], marks[b]) for [a], [b] in zip(questions["true endings"], questions[control])]
         margin = interval([true[mark] - other[mark] for true, other in pairs if true and other])
@@ -145,11 +161,12 @@ def main(argv=None):
         parser.error("which model? --model=gpt-4o-mini for one")
     prompts = read_list("prompts", args.prompts, lambda prompt: isinstance(prompt, str))
     device, _ = pick_device(args.device)
-    asking = Asking(args, REPLY_TOKENS)
+    client = connect(args)  # before the completions, which take a while: it exits if there is no key
+    tokens = Counter(tokens_in=0, tokens_out=0)  # for all runs together, because --max_cost is for all of them
     for run in args.runs or [newest_run()]:
         subject = load_subject(run, device, args.dataset, tokenizer=args.tokenizer)
         questions = make_questions(subject, prompts, args)
-        marks = get_marks(questions, subject.path("judge.jsonl"), asking, args)
+        marks = get_marks(questions, subject.path("judge.jsonl"), client, tokens, args)
         figures = grade(questions, marks, args.model)
         figures["measured with"] = f"--each={args.each} --max_tokens={args.max_tokens}, {len(prompts)} prompts"
         add_section(subject, "judge", figures)

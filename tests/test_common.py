@@ -1,6 +1,7 @@
 """common.py: the command line, files that are never half written, devices, and runs on disk."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,31 @@ def test_apples_gpu_is_only_taken_when_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device()[0].type == "cpu" and "--device=mps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("available, cuda, nvidia_smi, expected", [
+    (True, "13.0", "/usr/bin/nvidia-smi", "no kernel image"),  # a card that is too old for this build
+    (False, "13.0", "/usr/bin/nvidia-smi", "driver is missing or too old for CUDA 13.0"),
+    (False, None, "/usr/bin/nvidia-smi", "this build of torch has no CUDA"),
+    (False, None, None, "")])
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys, available, cuda, nvidia_smi, expected):
+    def ones(*args, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(shutil, "which", lambda name: nvidia_smi)
+    assert pick_device()[0].type == "cpu"
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == bool(expected)
+
+
+def test_a_gpu_without_bfloat16_takes_float16_and_warns_of_the_other(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "zeros", lambda *args, device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert pick_device("cuda") == (torch.device("cuda"), torch.float16) and not capsys.readouterr().err
+    assert pick_device("cuda", "bfloat16")[1] == torch.bfloat16
+    assert "this GPU has no instructions for bfloat16" in capsys.readouterr().err
 
 
 def test_a_share_of_a_peak_is_only_given_for_the_card_it_belongs_to(monkeypatch):

@@ -1,5 +1,6 @@
 """lab/compare.py: runs side by side in a table, seeds as one, and charts that show every point."""
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -97,7 +98,8 @@ def test_runs_of_several_seeds_are_shown_as_one():
                "a-2": result("x", 2.0, 0.25), "a-3": result("x", 3.0, None), "old": result("z", 4.0, 0.5)}
     del results["old"]["model"]["settings"]
     merged = compare.merge_seeds(results)
-    assert list(merged) == ["a-1", "b-1", "old"] and merged["b-1"]["loss"]["val_bpb"] == [7, 7, 7]
+    assert list(merged) == ["a-1", "b-1", "old"]
+    assert merged["b-1"]["loss"]["val_bpb"] == [7] and merged["b-1"]["probes"]["fact"] == [1]  # no range of one seed
     assert merged["a-1"] == {"model": {"parameters": 5, "settings": "x", "runs": 3},
                              "loss": {"val_bpb": [2, 1, 3], "stories": 7},
                              "judge": {"judge": "m", "replies": [2, 1, 3]},
@@ -116,8 +118,13 @@ def test_seeds_are_one_column(workplace, capsys):
     write_run(workplace / "out/b", 3.0, "y")
     compare.main(["out/a-1", "out/a-2", "out/b", "--seeds"])
     out = capsys.readouterr().out
-    assert out.splitlines()[0].split() == ["out/a-1", "out/b"] and "1.5000 [1.0000, 2.0000]" in out
-    assert "highest of the seeds" in (workplace / "out/compare.html").read_text(encoding="utf-8")
+    assert out.splitlines()[0].split() == ["out/a-1", "out/b"]
+    bpb, = [line for line in out.splitlines() if "val_bpb" in line]
+    assert bpb.split() == ["val_bpb", "1.5000", "[1.0000,", "2.0000]", "3.0000"]  # one seed has no range
+    page = (workplace / "out/compare.html").read_text(encoding="utf-8")
+    assert "highest of the seeds" in page
+    sizes, = figures_of(page, "bits per byte against size")
+    assert len(list(sizes.iter("circle"))) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------

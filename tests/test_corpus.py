@@ -17,7 +17,8 @@ def test_stories_are_described_side_by_side(workplace, capsys):
     corpus.main(["a.jsonl", "b*.txt"])
     table = {line[:36].strip(): line[36:].split("  ") for line in capsys.readouterr().out.splitlines()}
     a, b = corpus.describe("a.jsonl"), corpus.describe("b.txt")
-    assert a["stories"] == "50" and a["exact copies"] == "20.00 %" and a["with Once upon a time"] == "100.00 %"
+    assert a["stories"] == "50" and a["exact copies"] == "20.00 %"
+    assert a["most common opening"] == "Once upon a time 100.00 %"
     assert float(a["near-copies"].split()[0]) >= 20 and b["near-copies"] == "0.00 %"
     assert b["stories"] == "2" and b["words a story"] == "8" and b["distinct words"] == "14"
     assert b["name 1"] == "Sam 50.00 %"  # "Sam slid" begins a sentence, where every word has a capital
@@ -28,11 +29,8 @@ def test_stories_are_described_side_by_side(workplace, capsys):
 
 def test_what_records_say_is_counted(workplace):
     stories = make_stories(40)
-    for record in stories[:10]:
-        record["features"].append("twist")
     write_jsonl(workplace / "a.jsonl", stories)
     figures = corpus.describe("a.jsonl")
-    assert figures["feature dialogue"] == "100.00 %" and figures["feature twist"] == "25.00 %"
     n_words = sum(len(corpus.letters(record["story"])) for record in stories)
     assert figures["reasoning spans per 100 words"] == f"{100 * 40 / n_words:.2f}"
     assert figures["requested words used"] == "100.0 %"
@@ -51,28 +49,24 @@ def test_shared_ngrams_against_plain_search():
     draw = np.random.default_rng(0)
     stream = draw.integers(0, 6, 3000).astype(np.uint16)
     queries = [draw.integers(0, 6, n).tolist() for n in (0, 3, 5, 30, 60)] + [stream[100:140].tolist() + [7] * 3]
-    ngrams = {k: {tuple(stream[i:i + k].tolist()) for i in range(len(stream) - k + 1)} for k in range(5, 42)}
-    longest, shares = [], []
+    ngrams = {tuple(stream[i:i + 5].tolist()) for i in range(len(stream) - 4)}
+    shares = []
     for query in queries:
-        occurs = {k: [tuple(query[i:i + k]) in ngrams[k] for i in range(len(query) - k + 1)] for k in ngrams}
-        longest.append(max([k for k in ngrams if any(occurs[k])], default=0))
-        shares.append(np.mean(occurs[5]) if occurs[5] else 0)
-    assert longest[-1] == 40 and any(0 < share < 0.9 for share in shares)
+        occurs = [tuple(query[i:i + 5]) in ngrams for i in range(len(query) - 4)]
+        shares.append(np.mean(occurs) if occurs else 0)
+    assert shares[-1] >= 36 / 39 and any(0 < share < 0.9 for share in shares)
     for piece in (1 << 20, 64, 7):
-        result = corpus.shared_ngrams(queries, stream, piece=piece)
-        assert result[0].tolist() == longest and result[1] == pytest.approx(shares)
+        assert corpus.shared_ngrams(queries, stream, piece=piece) == pytest.approx(shares)
 
 
 def test_ngrams_of_the_largest_token_ids_are_told_apart():
     stream = np.array([65534, 65533, 65534, 1, 0, 65534, 65534, 2], np.uint16)
     queries = [[65534, 65533, 65534, 1, 0, 65534], [65534, 65533, 65534, 1, 1, 65534], [1, 0, 65534, 65534, 2]]
-    longest, shares = corpus.shared_ngrams(queries, stream)
-    assert longest.tolist() == [6, 0, 5] and shares.tolist() == [1, 0, 1]
+    assert corpus.shared_ngrams(queries, stream).tolist() == [1, 0, 1]
 
 
 def test_without_long_stories_nothing_is_compared():
-    longest, shares = corpus.shared_ngrams([], np.arange(100, dtype=np.uint16))
-    assert len(longest) == len(shares) == 0
+    assert len(corpus.shared_ngrams([], np.arange(100, dtype=np.uint16))) == 0
 
 
 def test_a_parrot_is_found_out(fine):
@@ -83,9 +77,8 @@ def test_a_parrot_is_found_out(fine):
     assert figures["Rouge-2 precision against the true ending, train"] == [1, 1, 1]
     assert figures["Rouge-2 precision against the true ending, val"] is None
     assert figures["5-grams of tokens that stand in train, train completed"] == [1, 1, 1]
-    assert figures["longest run that stands in train, train completed"][0] > 30
     assert figures["5-grams of tokens that stand in train, true endings of val"][0] < 1
-    assert figures["… the longest of all, val completed"] == 0
+    assert figures["5-grams of tokens that stand in train, val completed"] == [0, 0, 0]
 
 
 def test_memorization_of_a_run_is_printed_and_added_to_its_results(run, fine, capsys):
@@ -95,7 +88,7 @@ def test_memorization_of_a_run_is_printed_and_added_to_its_results(run, fine, ca
     low, high = figures["5-grams of tokens that stand in train, true endings of val"][1:]
     assert 0 < low <= high <= 1 and "max_tokens=20" in figures["measured with"]
     out = capsys.readouterr().out
-    assert "memorization of fine" in out and "longest run that stands in train, val completed" in out
+    assert out.startswith(f"{run}: memorization of fine (") and "stand in train, val completed" in out
 
 
 @pytest.mark.parametrize("names, expected", [

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,10 +35,10 @@ def test_every_token_is_scored_once_with_at_least_half_a_context():
     draw = np.random.default_rng(0)
     tokens = np.concatenate([[EOT, *draw.integers(0, EOT, n)] for n in (5, 31, 32, 33, 100, 1)] + [[EOT]])
     times = np.zeros(len(tokens), int)
-    for start, length, skip in eval.windows(tokens, EOT, 32):
-        assert length <= 32 and not (tokens[start + 1:start + length] == EOT).any()
-        assert skip == 0 and tokens[start] == EOT or skip == 16
-        times[start + 1 + skip:start + 1 + length] += 1
+    for start, end, scored in eval.sliding_windows(tokens, EOT, 32):
+        assert end - start <= 32 and not (tokens[start + 1:end] == EOT).any()
+        assert scored == start and tokens[start] == EOT or scored == start + 16
+        times[scored + 1:end + 1] += 1
     assert times.tolist() == [0] + [1] * (len(tokens) - 1)
 
 
@@ -126,7 +127,7 @@ def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
     prepare(["--dataset=x", "--vocab_size=400"])
     model, encoding = make_model(vocab_size=400, block_size=128), load_tokenizer("x")
 
-    def cost(before, word):  # "number" follows the marked word in each of these stories
+    def cost(before, word):  # "number" follows the span in each of these stories
         ids = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(f"{before}{word} number")])
         start = len(encoding.encode_ordinary(before.rstrip()))  # the word's tokens begin with its space
         nats = model(ids[:, :-1], ids[:, 1:])[0, start:]
@@ -149,7 +150,7 @@ def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
 
 
 def test_loss_of_each_skill(in_prepared):
-    """Against the marked word of each story alone; shares of text and loss sum to one."""
+    """Against the span of each story alone; shares of text and loss sum to one."""
     model, encoding = make_model(vocab_size=512, block_size=256), load_tokenizer("tiny")
     found = eval.grade_loss(stand_in(model, "tiny"), "tiny")
     val = {encoding.decode(ids.tolist()) for ids in eval.split_stories(load_tokens("tiny", "val"), encoding.eot_token)}
@@ -190,25 +191,26 @@ def test_a_small_context_prefers_no_side(in_prepared):
                for a, b in (sides, sides[::-1])) == 1
 
 
-def test_shortcuts_are_counted_right(in_prepared, monkeypatch):
+def test_heuristics_are_counted_right(in_prepared, monkeypatch):
     encoding = load_tokenizer("tiny")
-    for name, score in (("nearest mentioned", lambda p: lambda c: max(eval.positions_of(c, p), default=-1)),
-                        ("most often mentioned", lambda p: lambda c: len(eval.positions_of(c, p)))):
-        for probe in test_probes.PROBES:
-            assert eval.shortcut(probe, score(probe)) == test_probes.shortcut_passes(probe, name)
+    for probe in test_probes.PROBES:
+        found = eval.heuristics(probe, Counter())
+        assert found["the last mentioned"] == test_probes.shortcut_passes(probe, "nearest mentioned")
+        assert found["the most mentioned"] == test_probes.shortcut_passes(probe, "most often mentioned")
     text = encoding.decode(load_tokens("tiny", "train").tolist()).lower()
     counts = eval.count_phrases([" ball", " a red", " Tim", " trumpet"], "tiny")
     assert counts == {word: len(re.findall(rf"\b{word}\b", text)) for word in ("ball", "a red", "tim", "trumpet")}
     long = np.tile(load_tokens("tiny", "train"), 8)
-    monkeypatch.setattr(eval, "load_tokens", lambda *_: long)
-    assert len(long) > 100_000 and eval.count_phrases([" ball"], "tiny") == {"ball": 8 * counts["ball"]}
-    assert eval.count_phrases([" ball"], "tiny", max_tokens=len(long) // 2)["ball"] < 6 * counts["ball"]
-    probe = {"skill": "fact", "kind": "x", "prompt": "Tim saw a", "right": [" ball"], "wrong": [" trumpet", " drum"]}
-    found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], counts)
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "load_tokens", lambda *_: long)
+        assert len(long) > 100_000 and eval.count_phrases([" ball"], "tiny") == {"ball": 8 * counts["ball"]}
+        assert eval.count_phrases([" ball"], "tiny", max_tokens=len(long) // 2)["ball"] < 6 * counts["ball"]
+    probe = {"skill": "fact", "kind": "x", "prompt": "Tim saw a", "right": [" ball"], "wrong": [" trumpet", " violin"]}
+    found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], "one of mine")
     assert found["fact, the most frequent in train"][0] == 1 and found["fact, by chance"][0] == pytest.approx(1 / 3)
-    assert found["fact: x"] == found["fact"]
-    lego = {"prompt": "r = -j, j = +1. / j =", "right": [" +1"], "wrong": [" -1"]}
-    assert eval.positions_of(" +1", lego) == [12] and not eval.positions_of(" -1", lego)
+    assert found["fact: x"] == found["fact"] and found["measured with"] == "one of mine"
+    lego = "r = -j, j = +1. / j ="
+    assert eval.mentions(" +1", lego) == [12] and not eval.mentions(" -1", lego)
 
 
 def test_spans_are_probes_by_kind_and_depth(workplace):
@@ -223,7 +225,7 @@ def test_spans_are_probes_by_kind_and_depth(workplace):
     assert title == "spans of lego" and {f"reasoning: {kind}" for kind in kinds} < set(found)
 
 
-def test_marked_words_are_found_where_the_stories_lie(workplace):
+def test_spans_are_found_where_the_stories_lie(workplace):
     """Stories that were prepared from elsewhere, with instructions before them, keep their probes."""
     write_jsonl(workplace / "data/x/stories.jsonl",
                 [{**r, "split": "val" if i % 5 == 0 else "train"} for i, r in enumerate(make_stories(100))])
@@ -296,6 +298,23 @@ def test_skills_are_followed_over_the_steps_of_a_run(in_prepared, capsys):
         assert json.load(f)["probes"]["fact"][0] == steps["probes"]["fact"][2][2]
 
 
+def test_what_is_printed_says_which_run_and_what_was_measured(run, in_prepared, capsys, monkeypatch):
+    monkeypatch.setattr(eval, "newest_run", lambda: run)
+    eval.main(["--device=cpu", "--only=loss,spans", "--spans=7"])
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if not line.startswith(" ")]
+    assert titles[0] == f"{run}: loss on tiny (all {load_meta('tiny')['val']['stories']} validation stories, float32)"
+    assert titles[1] == f"{run}: spans of tiny (the first 7 of each kind in validation stories)"
+    assert titles[2].endswith(f"python -m lab.compare {run}") and len(titles) == 3
+    eval.main([run, "--device=cpu", "--only=loss", "--context=8"])
+    assert capsys.readouterr().out.endswith(f"python -m lab.compare {os.path.join(run, 'context8.eval.json')}\n")
+
+
+def test_stories_without_spans_are_reported_in_one_line(run, fine, capsys):
+    eval.main([run, "--dataset=fine", "--only=spans", "--device=cpu"])
+    assert capsys.readouterr().out == f"{run}: no spans of fine: its stories have none\n"
+
+
 FORK = """
 import sys
 sys.path.insert(0, {root!r})
@@ -354,8 +373,16 @@ def test_a_fork_that_changes_the_model_is_followed_everywhere(in_prepared):
     (["--context=1"], "--context=1"),
     (["out/none"], "no checkpoint out/none/ckpt.pt"),
     (["told.txt"], "python -m lab.corpus told.txt"),
-    (["hf:some/model"], "--dataset=tinystories"),
+    (["hf:some/model"], "has no stories of its own: name a prepared dataset, such as --dataset=tinystories"),
+    (["hf:some/model", "--dataset=x", "--context=8"], "has its own context: leave --context out"),
 ])
 def test_bad_input_ends_in_one_line(workplace, capsys, options, expected):
     (workplace / "bad.json").write_text('[{"skill": "fact"}]')
     assert expected in error_of(eval.main, options, capsys)
+
+
+def test_shapes_on_a_gpu_are_few():
+    """A kernel library may plan for every new shape."""
+    lengths = {eval.padded_length(n, 256, torch.device("cuda")) for n in range(1, 257)}
+    assert lengths == {64, 128, 192, 256} and eval.padded_length(7, 32, torch.device("cuda")) == 32
+    assert eval.padded_length(7, 256, torch.device("cpu")) == 7

@@ -15,7 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from tqdm import tqdm
 
 import generate
 
@@ -310,11 +309,12 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
 
 @pytest.mark.parametrize("url, limit", [("https://api.openai.com/v1", "max_completion_tokens"),
                                         ("http://localhost:8000/v1", "max_tokens")])
-def test_the_limit_of_an_answer_has_the_name_that_the_server_knows(url, limit):
-    args = SimpleNamespace(model="writer", base_url=url, concurrency=1, timeout=1, max_retries=0)
-    asking = generate.Asking(args, 1000)
-    asking.run(generate.connect(args), [], None, tqdm(disable=True))
-    assert asking.request == {"model": "writer", limit: 1000}
+def test_the_limit_of_an_answer_has_the_name_that_the_server_knows(url, limit, monkeypatch):
+    client = generate.connect(SimpleNamespace(base_url=url, timeout=1, max_retries=0))
+    sent = {}
+    monkeypatch.setattr(client.chat.completions, "create", sent.update)
+    generate.ask(client, {"model": "writer", "max_tokens": 1000}, "Write.")
+    assert sent == {"model": "writer", "messages": [{"role": "user", "content": "Write."}], limit: 1000}
 
 
 def test_half_a_surrogate_pair_does_not_lose_the_answer():

@@ -12,7 +12,7 @@ import train
 from conftest import make_stories, write_jsonl
 from eval import evaluate
 from lab import interpret
-from lab.interpret import CAPITAL, FIRST, KINDS, LATER, NOUN, Stories
+from lab.interpret import CAPITAL, FIRST, KINDS, LATER, NOUN, Story
 from model import alibi_slopes
 from prepare import load_tokenizer
 from prepare import main as prepare
@@ -21,12 +21,10 @@ from test_model import POSITIONS, make_model, tokens
 
 
 def make_tensors(ids, kind=None, role=None):
-    """Stories of token ids (N, T) without padding."""
-    kind = ids % len(KINDS) if kind is None else kind.clone()
-    kind[:, 0] = -1
+    """Stories from token ids (N, T)."""
+    kind = ids % len(KINDS) if kind is None else kind
     role = torch.zeros_like(ids) if role is None else role
-    texts = [[str(token) for token in row] for row in ids.tolist()]
-    return Stories(ids, kind, role, torch.arange(ids.numel()).view_as(ids), texts)
+    return [Story(*row, [str(token) for token in row[0].tolist()]) for row in zip(ids, kind, role)]
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -35,10 +33,9 @@ def make_tensors(ids, kind=None, role=None):
 
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_the_captured_attention_gives_the_models_logits(pos, monkeypatch):
-    model, idx = make_model(pos=pos), tokens(2, 32)
-    with interpret.capture_attention(model) as captured:
-        plain = model(idx)
-    assert len(captured) == 3 and captured[0].shape == (2, 4, 32, 32)
+    model, idx = make_model(pos=pos), tokens(1, 32)
+    plain, captured = model(idx), interpret.attention_logits(model, idx[0])
+    assert captured.shape == (3, 4, 32, 32)
     layers = iter(captured)
     monkeypatch.setattr(architecture, "attend", lambda q, k, v, mask: next(layers).softmax(-1) @ v)
     assert torch.allclose(model(idx), plain, atol=1e-4)
@@ -46,25 +43,28 @@ def test_the_captured_attention_gives_the_models_logits(pos, monkeypatch):
 
 def test_ablation_equals_removing_weights_and_ends():
     idx, plain = tokens(2, 20), make_model()(tokens(2, 20))
-    for part, columns in (("attn", slice(8, 16)), ("mlp", [5, 77])):
+    for part, columns in (("attn", slice(8, 16)), ("mlp", 77)):
         model, cut = make_model(), make_model()
         projection = getattr(model.blocks[1], part).proj
         getattr(cut.blocks[1], part).proj.weight.data[:, columns] = 0
         with interpret.ablate(projection, columns):
             assert torch.allclose(model(idx), cut(idx), atol=1e-5)
         assert torch.equal(model(idx), plain) and (cut(idx) - plain).abs().max() > 1e-2
-        with interpret.ablate(projection, columns, where=torch.arange(20).expand(2, -1) >= 12):
+        with interpret.ablate(projection, columns, where=torch.arange(20) >= 12):
             later = model(idx)
         assert torch.allclose(later[:, :12], plain[:, :12], atol=1e-5)
         assert (later[:, 12:] - plain[:, 12:]).abs().max() > 1e-2
 
 
-def test_each_head_and_layer_is_ablated_once():
+def test_each_head_and_layer_is_ablated_once(monkeypatch):
     model, idx = make_model(), tokens(1, 20)
-    records = interpret.ablate_each(model, lambda: {"logits": model(idx)})
-    logits = {(record["layer"], record["head"]): record["logits"] for record in records}
-    assert len(records) == len(logits) == 1 + 3 * (4 + 1)
-    assert torch.equal(records[0]["logits"], model(idx)) and (None, None) in logits
+    monkeypatch.setattr(interpret, "evaluate", lambda model, *_: {"val_loss": model(idx)})
+    monkeypatch.setattr(interpret, "passes", lambda *_: np.array([True, False]))
+    probes = [{"skill": "fact"}, {"skill": "fact"}]
+    records = interpret.study_ablations(model, None, "any", 1, probes)
+    logits = {(record["layer"], record["head"]): record["loss"] for record in records}
+    assert len(records) == len(logits) == 1 + 3 * (4 + 1) and all(record["fact"] == 0.5 for record in records)
+    assert torch.equal(records[0]["loss"], model(idx)) and (None, None) in logits
     cut = make_model()
     cut.blocks[2].attn.proj.weight.data[:, 24:] = 0
     assert torch.allclose(logits[2, 3], cut(idx), atol=1e-5)
@@ -80,17 +80,14 @@ def test_each_head_and_layer_is_ablated_once():
 def test_another_activation_is_followed(monkeypatch):
     """GELU in place of the squared ReLU: neurons and their ablation are those of the changed network."""
     monkeypatch.setattr(architecture.MLP, "forward", lambda mlp, x: mlp.proj(torch.nn.functional.gelu(mlp.fc(x))))
-    model, stories = make_model(), make_tensors(tokens(20, 32))
-    with interpret.capture_inputs([model.blocks[0].mlp.proj]) as inputs:
-        plain = model(stories.ids)
-    assert inputs[0].min() < 0  # which a squared ReLU never is
-    neurons, _ = interpret.study_neurons(model, stories)
-    assert neurons[9]["highest"] == pytest.approx(inputs[0][:, 1:, 9].max().item(), abs=1e-5)
+    model, idx = make_model(), tokens(20, 32)
+    plain, (_, inputs) = model(idx), interpret.observe(model, [model.blocks[0].mlp.proj], idx[0])
+    assert inputs[0].shape == (32, 128) and inputs[0].min() < 0  # which a squared ReLU never is
     cut = make_model()
     cut.blocks[0].mlp.proj.weight.data[:, 9] = 0
-    with interpret.ablate(model.blocks[0].mlp.proj, [9]):
-        assert torch.allclose(model(stories.ids), cut(stories.ids), atol=1e-5)
-    assert not torch.allclose(plain, cut(stories.ids), atol=1e-5)
+    with interpret.ablate(model.blocks[0].mlp.proj, 9):
+        assert torch.allclose(model(idx), cut(idx), atol=1e-5)
+    assert not torch.allclose(plain, cut(idx), atol=1e-5)
 
 
 def test_a_model_that_renames_or_avoids_attend_is_refused(monkeypatch):
@@ -102,19 +99,19 @@ def test_a_model_that_renames_or_avoids_attend_is_refused(monkeypatch):
         return attn.proj(attend(q, k, v, mask).transpose(1, 2).reshape(x.shape))
     monkeypatch.setattr(architecture.Attention, "forward", forward)
     with pytest.raises(SystemExit, match="called attend"):
-        interpret.study_heads(model, stories, torch.tensor([0]))
+        interpret.study_heads(model, stories)
     monkeypatch.delattr(architecture, "attend")
     with pytest.raises(SystemExit, match="called attend"):
-        interpret.study_heads(model, stories, torch.tensor([0]))
+        interpret.study_heads(model, stories)
 
 
 def test_a_model_with_another_attention_is_refused(monkeypatch):
     model, stories = make_model(), make_tensors(tokens(20, 32))
     plain = architecture.attend
     monkeypatch.setattr(architecture, "attend", lambda q, k, v, mask: plain(3 * q, k, v, mask))
-    with pytest.raises(SystemExit, match="capture_attention"):
-        interpret.study_heads(model, stories, torch.tensor([0]))
-    assert len(model(stories.ids)) == 20  # and all is as it was before
+    with pytest.raises(SystemExit, match="attention_logits"):
+        interpret.study_heads(model, stories)
+    assert len(model(stories[0].ids[None])) == 1  # and all is as it was before
 
 
 LENS_PROBE = {"prompt": "Once upon a time Lily took the", "right": [" kite"], "wrong": [" ball"]}
@@ -160,8 +157,8 @@ def test_a_head_that_looks_three_back_is_a_distance_head():
     model.pos_embed.weight.data = torch.eye(32)
     model.blocks[0].attn.k.weight.data = torch.eye(32)
     model.blocks[0].attn.q.weight.data = torch.eye(32).roll(-3, 0).triu()
-    head, = interpret.study_heads(model, make_tensors(tokens(40, 32)), torch.tensor([0]))
-    assert head["type"] == "distance" and head["peak"] == 3
+    head, = interpret.study_heads(model, make_tensors(tokens(40, 32)))
+    assert head["type"] == "distance"
     assert head["distance"] == pytest.approx(1, abs=1e-4) and head["words"] < 0.1
     assert head["decay"] == pytest.approx(-np.polyfit(np.arange(13), [32**0.5] + [0] * 12, 1)[0], rel=1e-3)
     # the first three queries ask for nothing, the others for the key three back: the previous token gets a small share
@@ -173,9 +170,9 @@ def test_a_head_that_looks_three_back_is_a_distance_head():
 def test_the_decay_of_alibi_alone_is_its_slope():
     model = make_model(pos="alibi", smear=False, n_layer=1)
     model.blocks[0].attn.q.weight.data.zero_()
-    heads = interpret.study_heads(model, make_tensors(tokens(20, 32)), torch.tensor([0]))
+    heads = interpret.study_heads(model, make_tensors(tokens(20, 32)))
     assert [head["decay"] for head in heads] == pytest.approx(alibi_slopes(4).tolist(), rel=1e-3)
-    assert all(head["type"] == "distance" and head["distance"] > 0.999 and head["peak"] == 0 for head in heads)
+    assert all(head["type"] == "distance" and head["distance"] > 0.999 for head in heads)
 
 
 def test_a_head_that_looks_at_one_token_looks_by_words():
@@ -185,26 +182,24 @@ def test_a_head_that_looks_at_one_token_looks_by_words():
     model.blocks[0].attn.k.weight.data = torch.eye(16)
     model.blocks[0].attn.q.weight.data = torch.eye(16)[5][:, None].expand(16, 16).clone()
     ids = tokens(60, 32) % 16
-    head, = interpret.study_heads(model, make_tensors(ids, role=(ids == 5).long()), torch.tensor([0]))
+    head, = interpret.study_heads(model, make_tensors(ids, role=(ids == 5) * LATER))
     assert head["type"] == "words" and head["words"] > 0.9 and abs(head["distance"]) < 0.05
-    assert head["main character / share"] > 5 and head["nouns / share"] < 1
-    kind = torch.where(ids == 5, NOUN, 0)
-    head, = interpret.study_heads(model, make_tensors(ids, kind), torch.tensor([0]))
-    assert head["nouns / share"] > 5
+    assert head["main character / share"] > 5
     assert interpret.head_type({"distance": 0.3, "words": 0.25}) == "mixed"
 
 
 def test_targets_are_earlier_tokens_of_each_kind():
-    """<start> the red ball fell . the ball: the second article's own noun is the ball, seen at 3."""
-    start, the, red, ball, fell, dot = range(6)
-    ids = torch.tensor([[start, the, red, ball, fell, dot, the, ball]])
-    kind = torch.tensor([[-1, 1, 4, NOUN, 3, 0, 1, NOUN]])
-    role = torch.tensor([[0, 0, 0, FIRST, 0, 0, 0, LATER]])
-    targets = interpret.find_targets(make_tensors(ids, kind, role), torch.tensor([the]))
-    pairs = {name: set(map(tuple, x[0].nonzero().tolist())) for name, x in targets.items()}
+    """The second article's own noun is the ball, seen at 3."""
+    texts = ["", "The", " red", " ball", " fell", ".", " a", " ball"]
+    start, the, red, ball, fell, dot, a = range(7)
+    ids = torch.tensor([start, the, red, ball, fell, dot, a, ball])
+    kind = torch.tensor([0, 1, 4, NOUN, 3, 0, 1, NOUN])
+    role = torch.tensor([0, CAPITAL, 0, FIRST, 0, 0, 0, LATER])
+    targets = interpret.find_targets(Story(ids, kind, role, texts))
+    pairs = {name: set(map(tuple, target.nonzero().tolist())) for name, target in targets.items()}
     assert pairs["own noun"] == {(6, 3)}
-    assert pairs["nouns"] == pairs["main character"] == {(4, 3), (5, 3), (6, 3), (7, 3)}
-    assert pairs["same token"] == {(6, 1), (7, 3)} and pairs["induction"] == {(6, 2), (7, 4)}
+    assert pairs["main character"] == {(4, 3), (5, 3), (6, 3), (7, 3)}
+    assert pairs["induction"] == {(7, 4)}
     assert pairs["previous token"] == {(i, i - 1) for i in range(2, 8)}
 
 
@@ -234,16 +229,16 @@ def test_a_planted_neuron_is_the_most_selective():
     model.embed.weight.data[:40, 9] = 2  # the nouns
     ids = tokens(40, 32)
     stories = make_tensors(ids, torch.where(ids < 40, NOUN, ids % 2))
-    neurons, ranked = interpret.study_neurons(model, stories)
-    shuffled, _ = interpret.study_neurons(model, stories, shuffle=True)
-    assert len(neurons) == 3 * 128 and ranked == []  # no story has a main character
-    first, second, *_ = interpret.list_neurons(neurons, shuffled, stories)
-    assert (first["layer"], first["neuron"], first["kind"], first["share"]) == (1, 77, "noun", 1)
-    assert first["excess"] > second["excess"]
+    found = interpret.study_neurons(model, stories)
+    first, second, *_ = neurons = found["neurons"]
+    assert len(neurons) == 3 * 128 and found["main character"] == []  # no story has a main character
+    assert first == {"layer": 1, "neuron": 77, "kind": "noun", "share": 1} and second["share"] < 1
+    assert found["share"] == pytest.approx(np.mean([neuron["share"] for neuron in neurons]), abs=0.01)
+    assert found["shuffled"] < found["share"]
+    interpret.add_excerpts(model, stories, [first])
     assert all(int(token) < 40 for _, token, _ in first["excerpts"])
-    with interpret.capture_inputs([model.blocks[1].mlp.proj]) as inputs:
-        model(ids)
-    assert first["highest"] == pytest.approx(inputs[0][:, 1:, 77].max().item(), abs=1e-3)
+    for before, token, after in first["excerpts"]:
+        assert any(before + token + after in "".join(story.texts) for story in stories)
 
 
 def plant_main_character(layer):
@@ -258,27 +253,29 @@ def plant_main_character(layer):
 @torch.no_grad()
 def test_a_planted_main_character_neuron_is_ranked_first_and_ablated():
     model, stories = plant_main_character(layer=2)
-    _, ranked = interpret.study_neurons(model, stories)
+    ranked = interpret.study_neurons(model, stories)["main character"]
     assert ranked[0] == {"layer": 2, "neuron": 33, "chosen by": 1, "later": 1, "capital": 1}
-    ids, later = stories.ids, stories.role[:, 1:] == LATER
+    ids = torch.stack([story.ids for story in stories])
+    later = torch.stack([story.role[1:] for story in stories]) == LATER
     cut, _ = plant_main_character(layer=2)
     cut.blocks[2].mlp.proj.weight.data[:, 33] = 0
     rise = cut(ids[:, :-1], ids[:, 1:]) - model(ids[:, :-1], ids[:, 1:])
     rises = interpret.loss_without_neurons(model, stories, {"it": [(2, 33)]})["it"]
-    assert rises[:2] == pytest.approx([rise[later].mean().item(), rise[~later].mean().item()], abs=1e-4)
-    assert rises[2] == pytest.approx(0, abs=1e-6)  # nothing carries the last layer's output to a later token
+    assert rises[0] == pytest.approx(rise[later].mean().item(), abs=1e-4)
+    assert rises[1] == pytest.approx(0, abs=1e-6)  # nothing carries the last layer's output to a later token
 
 
 @torch.no_grad()
 def test_a_neuron_can_be_ablated_at_the_first_mention_alone():
     model, stories = plant_main_character(layer=0)
-    ids, later = stories.ids, stories.role[:, 1:] == LATER
-    with interpret.ablate(model.blocks[0].mlp.proj, [33], torch.arange(31).expand(20, -1) == 6):
+    ids = torch.stack([story.ids for story in stories])
+    later = torch.stack([story.role[1:] for story in stories]) == LATER
+    with interpret.ablate(model.blocks[0].mlp.proj, 33, torch.arange(31) == 6):
         ablated = model(ids[:, :-1], ids[:, 1:])
     rise = (ablated - model(ids[:, :-1], ids[:, 1:]))[later].mean().item()
     assert abs(rise) > 1e-3
     rises = interpret.loss_without_neurons(model, stories, {"it": [(0, 33)]})["it"]
-    assert rises[2] == pytest.approx(rise, abs=1e-5)
+    assert rises[1] == pytest.approx(rise, abs=1e-5)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -288,17 +285,18 @@ def test_a_neuron_can_be_ablated_at_the_first_mention_alone():
 def test_words_get_kinds_and_the_main_character_its_role(in_prepared):
     encoding = load_tokenizer("tiny")
     text = "Once upon a time Lily saw a red ball. Mom called. “Yes,” said Lily. Then Lily and Tim went to Ben."
-    lists = [[encoding.eot_token] + encoding.encode_ordinary(story) for story in [text] * 3 + ["He saw a ball."]]
+    lists = [encoding.encode_ordinary(story) for story in [text] * 3 + ["He saw a ball."]]
     stories = interpret.read_stories(lists, encoding, 64)
-    assert stories.ids.shape == stories.kind.shape == stories.role.shape
-    assert stories.real.sum() == sum(len(ids) - 1 for ids in lists)
-    assert "".join(stories.texts[-1]) == text[:len("".join(stories.texts[-1]))]
+    assert [len(story.ids) for story in stories] == sorted(len(ids) + 1 for ids in lists)
+    story = stories[-1]
+    assert story.ids.shape == story.kind.shape == story.role.shape == (len(story.texts),)
+    assert "".join(story.texts) == text[:len("".join(story.texts))]
 
     def labels_at(word):
         """Kind and role of the token that ends the word's first mention."""
-        ends = np.cumsum([len(token) for token in stories.texts[-1]])
+        ends = np.cumsum([len(token) for token in story.texts])
         i = int(np.searchsorted(ends, text.index(word) + len(word)))
-        return KINDS[stories.kind[-1, i]], stories.role[-1, i].item()
+        return KINDS[story.kind[i]], story.role[i].item()
     assert labels_at("Lily") == ("name", FIRST) and labels_at("Tim") == ("name", CAPITAL)
     assert labels_at("said Lily") == labels_at("Then Lily") == ("name", LATER)
     assert labels_at("red") == ("adjective", 0) and labels_at("ball") == ("noun", 0)
@@ -309,12 +307,12 @@ def test_words_get_kinds_and_the_main_character_its_role(in_prepared):
 def test_stories_are_read_wherever_the_context_cuts_them(in_prepared):
     encoding = load_tokenizer("tiny")
     text = "🙂 They saw Robo1 run, and Robo1 ran by a café 🙂."
-    ids = [encoding.eot_token] + encoding.encode_ordinary(text)
-    for size in range(2, len(ids) + 1):
-        stories = interpret.read_stories([ids], encoding, size)
-        assert stories.ids.tolist() == [ids[:size]] and stories.real.sum() == size - 1
-        assert len(stories.texts[0]) == size and text.startswith("".join(stories.texts[0]))
-    assert "".join(stories.texts[0]) == text and FIRST in stories.role
+    ids = encoding.encode_ordinary(text)
+    for size in range(2, len(ids) + 2):
+        story, = interpret.read_stories([ids], encoding, size)
+        assert story.ids.tolist() == [encoding.eot_token, *ids[:size - 1]] and len(story.texts) == size
+        assert text.startswith("".join(story.texts))
+    assert "".join(story.texts) == text and FIRST in story.role
 
 
 def test_of_equally_frequent_names_the_first_is_the_main_character():
@@ -379,19 +377,18 @@ def test_the_sections_of_eval_json_sum_the_figures_up(written):
 
 
 class WellFormed(html.parser.HTMLParser):
-    """Checks that elements are closed in the order in which they were opened, and collects their names and ids."""
+    """Checks that elements are closed in the order in which they were opened, and collects their names and the text."""
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.names, self.ids, self.text = [], [], [], ""
+        self.open, self.names, self.text = [], [], ""
         self.feed(page)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.names.append(tag)
-        self.ids += [value for name, value in attrs if name == "id"]
         assert not {"src", "href"} & {name for name, _ in attrs}
-        if tag not in ("meta", "input", "li"):  # these need no end
+        if tag not in ("meta", "li"):  # these need no end
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -406,24 +403,26 @@ def test_the_page_is_well_formed_and_fetches_nothing(written):
     text = (folder / "interpret.html").read_text(encoding="utf-8")
     assert len(text) < 5e6 and "http:" not in text and "https:" not in text and "url(" not in text
     parser = WellFormed(text)
-    assert parser.names.count("script") == 2 and parser.names.count("h2") == 5
-    assert len(parser.ids) == len(set(parser.ids)) == 4 and "Inside out/<i>" in parser.text
+    assert "script" not in parser.names and parser.names.count("h2") == 5 and "Inside out/<i>" in parser.text
     assert f"{results['heads'][0]['loss rise']:.3g}</td>" in text
-    searched = text.split('type="application/json">')[1].split("</script>")[0]
-    assert len(json.loads(searched)) == len(results["neurons"])
-    assert any("</" in "".join(excerpt) for _, excerpts in json.loads(searched) for excerpt in excerpts)
+    excerpts = [excerpt for neuron in results["neurons"] for excerpt in neuron.get("excerpts", [])]
+    assert any("</" in "".join(excerpt) for excerpt in excerpts)
+    for before, token, after in excerpts:
+        assert "".join((before, token, after)) in parser.text
 
 
 def test_the_page_shows_the_main_character_neuron_and_the_logit_lens(written):
     _, results = written
     ranked = [{"layer": 1, "neuron": n, "chosen by": 1.0, "later": 0.75, "capital": 0.5} for n in range(20)]
+    ranked[0]["excerpts"] = [["a girl named", " Lily", " who"]]
     lens = [{"text": "It was not <b>", "right": " red", "wrong": " blue", "lead": [-1.0, 0.5, 2.0]}]
-    ablated = {"the best": [0.25, 0.0, 0.125], "the ten best": [0.5, 0.0, 0.25]}
+    ablated = {"the best": [0.25, 0.125], "the ten best": [0.5, 0.25]}
     parser = WellFormed(interpret.run_page({
         **results, "main character": ranked, "untrained main character": ranked[:1], "main character ablated": ablated,
         "logit lens": lens}))
     name = "layer\u00a01\u00a0neuron\u00a00"
-    for expected in (f"In 75% of pairs, {name} is more", "+0.250 nats", "1 of\n1 exclusions", "not <b>"):
+    for expected in (f"In 75% of pairs, {name} is more", "+0.250 nats", "named Lily who", "1 of\n1 exclusions",
+                     "not <b>"):
         assert expected in parser.text
 
 
@@ -431,7 +430,7 @@ def test_mistakes_end_in_one_line(run, in_prepared, capsys):
     with pytest.raises(SystemExit) as stopped:
         interpret.main([run, "--stories=3"])
     assert stopped.value.code == 2 and "at least 10" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="train.py"):
+    with pytest.raises(SystemExit, match="no checkpoint out/nothing"):
         interpret.main(["out/nothing"])
 
 

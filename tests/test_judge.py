@@ -70,10 +70,16 @@ def test_a_fair_judge_tells_the_controls_apart(judged, capsys):
     assert "tokens in" in out and "grammar, true endings" in out
 
 
-def test_a_second_run_pays_nothing_and_needs_no_key(judged, monkeypatch):
+def test_a_second_run_pays_nothing(judged):
     figures = judged(judged.fair)
-    monkeypatch.delenv("OPENAI_API_KEY")
     assert judged(judged.fair) == figures and judged.asked == []
+
+
+def test_a_missing_key_is_told_before_stories_are_completed(judged, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setattr(judge, "complete", lambda *args: pytest.fail("completed stories first"))
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY is not set"):
+        judged(judged.fair)
 
 
 def test_a_judge_that_cannot_tell_is_unfit(judged, capsys):
@@ -147,14 +153,11 @@ def test_ctrl_c_keeps_the_replies(judged, run):
     assert len(first) == 2 and not first & set(judged.asked)  # not even the one that was under way is lost
 
 
-def test_a_judge_that_refuses_ends_the_run_in_one_line(judged, monkeypatch):
+def test_a_judge_that_refuses_ends_the_run_in_one_line(judged):
     refusal = json.dumps({"error": {"message": "bad key sk-secret", "code": "invalid_api_key"}})
     with pytest.raises(SystemExit, match=r"(?s)bad key \(key\).*run the same command again") as end:
         judged(lambda prompt, times: (401, {}, refusal))
     assert "sk-secret" not in str(end.value) and len(judged.asked) <= 16
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(SystemExit, match="OPENAI_API_KEY is not set"):
-        judged(judged.fair)
 
 
 def test_a_judge_that_never_gives_marks_is_not_asked_for_ever(judged):
@@ -176,5 +179,6 @@ def test_marks_are_read_or_refused():
     ([], "which model"), (["--model=x", "--max_cost=1"], "--max_cost needs the prices"),
     (["--model=x", "--each=0"], "at least 1"), (["--model=x", "--prompts=none.json"], "cannot read --prompts"),
     (["--model=x", "out/none"], "no checkpoint")])
-def test_a_wrong_command_line_is_one_line(workplace, options, error, capsys):
+def test_a_wrong_command_line_is_one_line(workplace, options, error, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     assert error in error_of(judge.main, options, capsys)

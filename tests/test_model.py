@@ -4,8 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from model import GPT, SIZES, Cache, GPTConfig, alibi_slopes, apply_rope, rope_table
+import model as model_file
+from model import GPT, SIZES, Cache, GPTConfig, alibi_slopes, apply_rope, one_product, rope_table
 
 POSITIONS = ("rope", "alibi", "learned", "none")
 
@@ -63,6 +65,52 @@ def test_rope_depends_on_the_distance_alone():
     assert product(10, 3) == pytest.approx(product(57, 50), abs=1e-4)
     assert product(10, 3) != pytest.approx(product(10, 4), abs=1e-4)
     assert apply_rope(q, cos[5:6], sin[5:6]).norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
+
+
+def test_one_product_is_three(seed=0):
+    """What a GPU computes in one product is what three products give, and so are the gradients."""
+    x, weights = torch.randn(2, 5, 16), [torch.randn(16, 16, requires_grad=True) for _ in range(3)]
+    once, thrice = one_product(x, *weights), [x @ weight.T for weight in weights]
+    for a, b in zip(once, thrice):
+        assert torch.allclose(a, b, atol=1e-5)
+    gradients = [torch.autograd.grad(sum(part.square().sum() for part in parts), weights) for parts in (once, thrice)]
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_the_forward_pass_compiles_as_one_graph(pos, dtype):
+    """Without code generation, which takes long: a graph break would be found before that."""
+    model, idx = make_model(pos=pos), tokens(2, 33)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss, expected = compiled(idx[:, :-1], idx[:, 1:]), model(idx[:, :-1], idx[:, 1:])
+    assert torch.allclose(loss, expected, rtol=0.02, atol=0.02)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("rows, block_size, gigabytes", [(32, 512, 3.71), (16, 256, 0.97)])
+def test_activations_take_no_more_memory_than_they_did(monkeypatch, rows, block_size, gigabytes):
+    """What the backward pass of 8 x 512 needs, not compiled and in bfloat16, with the kernel that a GPU takes for
+    attention. Fake tensors have shapes and no memory. train.max_micro_batch() relies on this figure."""
+    def attend(q, k, v, mask):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    monkeypatch.setattr(model_file, "attend", attend)
+    sizes = {}
+
+    def note(x):
+        sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model = GPT(GPTConfig(vocab_size=4096, block_size=block_size, n_layer=8, n_head=8, n_embd=512))
+        idx = torch.zeros(rows, block_size, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx)
+        for p in model.parameters():
+            sizes.pop(p.untyped_storage()._cdata, None)
+    assert loss.shape == (rows, block_size)
+    assert sum(sizes.values()) / 1e9 == pytest.approx(gigabytes, rel=0.1)
 
 
 def test_one_batch_can_be_overfitted():

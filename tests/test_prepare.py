@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_bins_do_not_depend_on_chunks_and_workers(workplace, monkeypatch):
     prepare.main(["--dataset=uncut"] + arguments)
     monkeypatch.setattr(prepare, "CHUNK_BYTES", 1000)
     for name, workers in (("one", 1), ("many", 5)):
-        monkeypatch.setattr(prepare, "available_cpus", lambda: workers)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(workers), raising=False)
         prepare.main([f"--dataset={name}"] + arguments)
         for part in ("train", "val", "val.skills"):
             assert np.array_equal(prepare.load_tokens(name, part), prepare.load_tokens("uncut", part))
@@ -194,21 +195,24 @@ def test_a_worker_encodes_alone(in_prepared):
     for name, record in (("val", records[0]), ("train", records[2])):
         tokens = np.frombuffer(bins[name], "<u2").tolist()
         assert tokens == [encoding.eot_token] + encoding.encode_ordinary(record["story"])
-        assert (totals[name, "stories"], totals[name, "tokens"]) == (1, len(tokens))
-        assert (totals[name, "bytes"], totals[name, "bits"]) == (len(record["story"].encode()), 20)
+        assert totals[name] == {"stories": 1, "tokens": len(tokens), "bytes": len(record["story"].encode()), "bits": 20,
+                                "spans": 1}
     assert len(bins["val.skills"]) == len(bins["val"])
 
 
 def test_only_the_cpus_that_this_process_may_use_are_used(monkeypatch):
+    pools = []
+
+    def make_pool(workers, **options):
+        pools.append(workers)
+        return ThreadPoolExecutor(1)
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", make_pool)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
-    monkeypatch.delattr(os, "process_cpu_count", raising=False)
-    assert prepare.available_cpus() == 2
-    monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)  # Python 3.13
-    assert prepare.available_cpus() == 3
-    monkeypatch.delattr(os, "process_cpu_count")
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert prepare.available_cpus() == 64
+    assert list(prepare.run_workers(max, [(1, 2), (4, 3)], "")) == [((1, 2), 2), ((4, 3), 4)]
+    monkeypatch.delattr(os, "sched_getaffinity")  # Mac and Windows
+    assert list(prepare.run_workers(max, [(1, 2)], "")) == [((1, 2), 2)]
+    assert pools == [2, 61]
 
 
 def test_bins_are_what_the_tokenizer_makes_of_each_story_alone(in_prepared):
@@ -263,16 +267,18 @@ def test_cleaning_removes_what_is_broken_and_counts_it(workplace, capsys):
     assert prepare.load_meta("x")["cleaning"] == {
         "UTF-8 read as cp1252: repaired": 1, "empty: removed": 1, "under 100 characters: removed": 1,
         "no final punctuation: removed": 1, "copies in train: removed": 1, "in train and in val: removed": 1}
-    assert "1 copies in train: removed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 copies in train: removed" in printed and "--clean=False leaves" in printed
     prepare.main(["--dataset=x", f"--input={workplace}", "--clean=False"])
+    assert "--clean" not in capsys.readouterr().out
     assert read_back("x", "train") == [s for s in train if s]
 
 
 @pytest.mark.parametrize("text", ["don’t", "“Hi,” she said…", "café über naïve", "¡olé! 5 £ – 3 €", "日本 🙂"])
 def test_repair_undoes_a_wrong_decoding_and_leaves_right_text_alone(text):
     misread = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in text.encode())
-    assert prepare.repair(misread) == text
-    assert prepare.repair(text) == text
+    assert prepare.repair({"story": misread}) == text
+    assert prepare.repair({"story": text}) == text
 
 
 # --- instructions and labels --------------------------------------------------------------------------------------
@@ -404,8 +410,9 @@ def test_a_tokenizer_can_be_shared(workplace):
 
 
 @pytest.mark.parametrize("file, content, expected", [
-    ("s.txt", b"Once upon a time\x92", "s.txt line 1 is not text in UTF-8"),
-    ("s.jsonl", b'{"story": "Hi."}\n{"story": ', "s.jsonl line 2 is not a JSON object"),
+    ("s.txt", b"Once\nupon a time\x92", "s.txt line 2 is not UTF-8: save the file as UTF-8"),
+    ("s.jsonl", b'{"story": "Hi\x92"}\n', "s.jsonl line 1 is not UTF-8: save the file as UTF-8"),
+    ("s.jsonl", b'{"story": "Hi."}\n{"story": ', 's.jsonl line 2 is not a JSON object with a "story": correct'),
     ("s.jsonl", b'{"text": "Hi."}\n', "s.jsonl line 1 is not a JSON object"),
     ("s.jsonl", b'["story"]\n', "s.jsonl line 1 is not a JSON object"),
     ("s.jsonl", b'{"story": "\\ud83d"}\n', "s.jsonl line 1 is not a JSON object"),
@@ -420,7 +427,7 @@ def test_bad_input_ends_in_one_line(workplace, file, content, expected, capsys):
 
 
 def test_input_that_is_not_there_ends_in_one_line(workplace, capsys):
-    assert "--input" in error_of(prepare.main, ["--dataset=x", "--input=s.mobi"], capsys)
+    assert "s.mobi does not exist: name a" in error_of(prepare.main, ["--dataset=x", "--input=s.mobi"], capsys)
     assert "python -m lab.world" in error_of(prepare.main, [], capsys)
 
 
@@ -435,6 +442,9 @@ def test_input_that_is_not_there_ends_in_one_line(workplace, capsys):
     (["--instruct", "--hold_out=word+summary"], "names other fields than features"),
     (["--hold_out=words+summary"], "add --instruct"),
     (["--tokenizer=a", "--vocab_size=600"], "leave --vocab_size out"),
+    (["--dataset=/some/path"], "--dataset=/some/path must name a folder under data/"),
+    (["--dataset=data/x"], "name files elsewhere with --input"),
+    (["--dataset="], "must name a folder"),
 ])
 def test_options_that_make_no_sense_end_in_one_line(workplace, arguments, expected, capsys):
     assert expected in error_of(prepare.main, ["--dataset=x"] + arguments, capsys)
@@ -465,6 +475,26 @@ def test_readers_notice_bins_that_are_cut_off_or_mixed_up(workplace):
     Path("data/x/meta.json").write_text("{")
     with pytest.raises(SystemExit, match="no dataset in data/x"):
         prepare.load_tokens("x", "train")
+
+
+def test_a_dataset_that_is_not_there_ends_in_one_line_that_names_those_that_are(workplace):
+    with pytest.raises(SystemExit, match="no dataset in data/typo: .*--dataset=typo.*--input.*python -m lab.world"):
+        prepare.load_meta("typo")
+    for name in ("b", "a"):
+        write_jsonl(workplace / f"data/{name}/s.jsonl", make_stories(60))
+        prepare.main([f"--dataset={name}", "--val_fraction=0.2"])
+    (workplace / "data/stories_alone").mkdir()
+    with pytest.raises(SystemExit, match="no dataset in data/typo: .*--dataset=typo.* one that exists: a, b$"):
+        prepare.load_meta("typo")
+
+
+def test_a_small_val_split_is_mentioned(workplace, capsys):
+    write_jsonl(workplace / "train.jsonl", make_stories(50))
+    for n, warned in ((4, True), (120, False)):
+        write_jsonl(workplace / "val.jsonl", make_stories(n, seed=1))
+        prepare.main(["--dataset=x", f"--input={workplace}"])
+        printed = capsys.readouterr().out
+        assert (f"only {n} stories for validation: figures will be noisy; raise --val_fraction" in printed) == warned
 
 
 def test_a_vocabulary_that_uint16_cannot_hold_is_refused(workplace, capsys):
@@ -567,7 +597,7 @@ def test_download_goes_on_where_it_broke_off(server, tmp_path):
 def test_download_goes_on_after_an_earlier_run(server, tmp_path):
     (tmp_path / "f.part").write_bytes(FILE[:1000])
     assert fetch(server, tmp_path / "f") == FILE
-    assert server.ranges == ["bytes=999-"]
+    assert server.ranges == ["bytes=1000-"]
     (tmp_path / "g.part").write_bytes(FILE)  # all there, but not yet renamed
     assert fetch(server, tmp_path / "g") == FILE
     (tmp_path / "h.part").write_bytes(FILE + b"of another file")

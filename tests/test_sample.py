@@ -4,6 +4,8 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sample
 import train
@@ -166,3 +168,53 @@ def test_a_model_that_learned_instructions_is_asked_with_them(workplace, capsys)
     sample.main(["--out_dir=out/asked", "--words=run, dog", "--features=dialogue", "--max_tokens=1"])
     assert capsys.readouterr().out.startswith("Features: dialogue\nWords: run, dog\nStory:\n")
     assert "has not learned instructions" in error_of(sample.main, ["--out_dir=out/plain", "--words=run"], capsys)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation with its tensors, as a CUDA graph notes kernels with the memory they work on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+
+def record_on_a_cpu(step):
+    """What record_cuda_graph does, but with operations: the replay knows nothing of Python's variables."""
+    step()
+    with Recorder() as recorder:
+        step()
+
+    def replay():
+        for function, args, kwargs, result in recorder.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+    return replay
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("temperature", (0, 1))
+def test_replayed_steps_write_what_plain_ones_write(monkeypatch, pos, temperature):
+    """Over three graphs of 8 keys, and a context of 24 tokens that slides."""
+    def write(model):
+        tokens = sample.generate(model, [EOT, 5, 6], 60, [1, 2, 3], eot=-1, temperature=temperature)
+        return torch.stack(list(tokens)).tolist()
+    model = make_model(pos=pos, block_size=24)
+    plain, steps = write(model), []
+
+    def reuse_graphs(model, batch_size, settings):
+        steps.append(sample.GraphedStep(model, batch_size, settings, record_on_a_cpu, graph_keys=8))
+        return steps[0]
+    monkeypatch.setattr(sample, "reuse_graphs", reuse_graphs)
+    assert write(model) == plain and sorted(steps[0].replays) == [8, 16, 24]
+
+
+def test_attention_of_growing_length_is_not_planned_anew_for_each(run, in_prepared):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    sample.load_run(run)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
 import common
 import model as model_file
+import train
 from common import load_checkpoint
 from conftest import error_of, make_stories, write_jsonl
 from lab import world
@@ -340,7 +343,7 @@ train.main()""")
 
 @pytest.mark.parametrize("at_once", [False, True])  # as torch does on a Python that it cannot compile for
 def test_without_a_compiler_the_plain_model_trains(in_prepared, monkeypatch, capsys, at_once):
-    def broken(model):
+    def broken(model, **options):
         def forward(*args):
             raise RuntimeError("no compiler here")
         return forward() if at_once else forward
@@ -355,7 +358,7 @@ def test_without_a_compiler_the_plain_model_trains(in_prepared, monkeypatch, cap
 def test_compiling_leaves_no_trace_in_the_weights(in_prepared, monkeypatch):
     """The step that is taken to compile, on a batch of nothing, must not count."""
     run("plain", "--max_steps=2", "--evals=0")
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     run("compiled", "--max_steps=2", "--evals=0", "--compile=True")
     assert same(*(load_checkpoint(f"out/{name}")["model"] for name in ("plain", "compiled")))
 
@@ -466,3 +469,98 @@ def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
     world.write(10)
     with pytest.raises(SystemExit, match="python prepare.py --dataset=world"):
         train.main([*options, "--out_dir=out/third"])
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# what a GPU gets, as far as a CPU can tell
+
+
+@pytest.mark.parametrize("device, options, expected", [
+    ("cpu", ["--max_tokens=500000000"], 4096), ("cuda", [], 4096), ("cuda", ["--max_tokens=20000000"], 8192),
+    ("cuda", ["--max_tokens=470000000"], 32768), ("cuda", ["--max_tokens=5000000000"], 65536),
+    ("cuda", ["--max_tokens=1000"], 4096), ("cuda", ["--max_minutes=60"], 16384), ("cuda", ["--max_minutes=1"], 4096),
+    ("cuda", ["--max_steps=100"], 4096)])
+def test_a_long_run_on_a_gpu_takes_larger_steps(device, options, expected):
+    args = train.command_line().parse_args(options)
+    tokens = args.max_tokens or 5_000_000
+    assert train.choose_batch_tokens(args, tokens, torch.device(device)) == expected
+
+
+def a_run(memory, processors, **settings):
+    """What max_micro_batch() and should_compile() look at, on a GPU of so many bytes and processors."""
+    run = SimpleNamespace(device=torch.device("cuda"), config=GPTConfig(4096, 512, 8, 8, 512), max_steps=1221,
+                          step_tokens=4096, args=SimpleNamespace(compile="auto", max_minutes=0))
+    run.flops_per_token = GPT(run.config).flops_per_token()
+    properties = SimpleNamespace(total_memory=memory, multi_processor_count=processors)
+    return run, properties
+
+
+@pytest.mark.parametrize("gigabytes, rows", [(80, 128), (24, 92), (6, 23), (0.1, 1)])
+def test_a_micro_batch_fills_half_of_a_gpu(monkeypatch, gigabytes, rows):
+    run, properties = a_run(int(gigabytes * 1e9), 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert train.max_micro_batch(run) == rows
+
+
+def test_a_small_gpu_compiles_sooner(monkeypatch):
+    """The plain command with 8 x 512 is long for a laptop's card, and short for an H100."""
+    for processors, compiling in ((132, False), (14, True)):
+        run, properties = a_run(1, processors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        assert train.should_compile(run) == compiling
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_run_learns_the_same(in_prepared, monkeypatch, capsys):
+    def try_batch(run):
+        tried.append(run.micro_batch)
+        if run.micro_batch > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    tried, fitting = [], 2
+    monkeypatch.setattr(train, "try_batch", try_batch)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    run("fits", "--max_steps=3", "--compile=True")
+    assert tried == [8, 4, 2] and "micro batches of 2 rows" in capsys.readouterr().out
+    run("small", "--max_steps=3", "--batch_size=2")
+    assert same(*(load_checkpoint(f"out/{name}")["model"] for name in ("fits", "small")))
+    fitting = 0
+    with pytest.raises(SystemExit, match="not even one row fits"):
+        run("never", "--max_steps=3", "--compile=True")
+
+
+def test_out_of_memory_within_the_run_says_how_to_go_on(in_prepared, monkeypatch):
+    def update_weights(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "update_weights", update_weights)
+    with pytest.raises(SystemExit, match="--resume --batch_size=4"):
+        run("full", "--max_steps=3")
+
+
+def test_the_batch_that_was_chosen_is_stored_and_stays_when_resumed(in_prepared, monkeypatch):
+    monkeypatch.setattr(train, "choose_batch_tokens", lambda args, tokens, device: 512)
+    options = [option for option in TINY if not option.startswith("--batch_tokens")]
+    train.main([*options, "--out_dir=out/chosen", "--max_steps=2"])
+    monkeypatch.setattr(train, "choose_batch_tokens", lambda args, tokens, device: 1024)
+    train.main([*options, "--out_dir=out/chosen", "--max_steps=4", "--resume"])
+    checkpoint = load_checkpoint("out/chosen")
+    assert checkpoint["args"]["batch_tokens"] == 512 and checkpoint["rows_read"] == [4 * 512 // 32]
+
+
+def test_the_loop_waits_for_a_gpu_only_where_it_logs(in_prepared, monkeypatch):
+    """Every item() waits until the GPU has computed the number. The steps that AdamW counts stay on the CPU."""
+    class CountReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                callers = [frame.filename for frame in traceback.extract_stack()]
+                if not any(os.path.join("torch", "optim") in name for name in callers):
+                    reads.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def reads_of(log_interval):
+        reads.clear()
+        with CountReads():
+            run(f"reads-{log_interval}", "--max_steps=12", f"--log_interval={log_interval}", "--evals=0")
+        return len(reads)
+    reads = []
+    monkeypatch.setattr(train, "finish", lambda run: None)
+    once = reads_of(100)  # the last step is always logged
+    assert reads_of(4) == 3 * once and 1 <= once <= 5
