@@ -1,4 +1,4 @@
-"""What the stages share: the command line, running a main, files, devices and processes, and runs on disk.
+"""What the stages share: the command line, running main(), files, devices and processes, and runs on disk.
 
 Nothing here is about language models. Read a stage first, and come here for a function that it calls."""
 import argparse
@@ -17,20 +17,22 @@ import signal
 import sys
 import time
 
-# Options of train.py that do not change what a run learns: batch_size is only that of a micro batch, and size is stored
-# as the shape that it names. Runs that differ in nothing but these and the seed repeat one experiment.
+# Options of train.py that do not change what a run learns: batch_size only sets the micro-batch size, and size is
+# stored as the shape it stands for. Runs that differ only in these and in the seed are repetitions of the same
+# experiment.
 HOUSEKEEPING = ("out_dir", "resume", "evals", "eval_stories", "log_interval", "keep", "device", "compile",
                 "batch_size", "size")
 # Options that may differ between a run and its continuation.
 RESUMABLE = (*HOUSEKEEPING, "max_steps", "max_tokens", "max_flops", "max_minutes", "dtype", "init_from", "embed_std")
 
-# Peak dense bfloat16 FLOP/s by the makers' data sheets. MFU, the model FLOPs utilization, is the share a run reaches.
+# Peak dense bfloat16 FLOP/s according to the manufacturers' data sheets. MFU (model FLOPs utilization) is the share of
+# it that a run achieves.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser of `--name=value`, without abbreviations. A mistake ends in one line and exit code 2."""
+    """A parser for `--name=value`, without abbreviations. A mistake ends in one line and exit code 2."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
@@ -38,7 +40,7 @@ class CommandLine(argparse.ArgumentParser):
         self.switches = set()
 
     def option(self, name, default, help, type=None, choices=None, low=None, high=None):
-        """Add `--name`, of its default's type; legal values lie between `low` and `high`, both included."""
+        """Add `--name`, of its default's type; values must be between `low` and `high`, inclusive."""
         metavar = name.upper()  # what --help shows as the value
         if choices:
             metavar = "{" + ",".join(str(choice) for choice in choices if choice != "") + "}"
@@ -54,7 +56,7 @@ class CommandLine(argparse.ArgumentParser):
     def problem(self, name, value):
         """One line that says what is wrong with a value of `--name`, or "" if nothing is."""
         low, high = self.ranges[name]
-        if value is None:  # left to a later default
+        if value is None:  # a default is filled in later
             return ""
         # written with `not`, so that nan, for which every comparison is false, is refused
         if low is not None and not value >= low:
@@ -91,19 +93,19 @@ def parse_bool(text):
 
 
 def run_main(main):
-    """Run a script's main(). Ctrl-C, a reader that goes away (`| head`) and a full disk end it without a traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # pass lines on at once, and replace characters that cannot be written
+    """Run a script's main(). Ctrl-C, a closed pipe (`| head`) and a full disk end it without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # flush every line, and replace characters that cannot be written
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
             print(interrupt, file=sys.stderr)
-        # end by the signal itself, so that a shell's loop over several commands ends too
+        # die from the signal itself, so that a shell's loop over several commands ends too
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -111,14 +113,14 @@ def run_main(main):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# files: a file that somebody else reads is written under a temporary name and renamed, so that it is never half there
+# files: a file that somebody else reads is written under a temporary name and renamed, so that nobody sees half of it
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file for writing under a temporary name, and rename it to `path` once all of it is on the disk.
 
-    Whenever this is cut off, `path` holds either the whole old file or the whole new one."""
+    Whenever this is interrupted, `path` holds either the whole old file or the whole new one."""
     temporary = path + ".tmp"
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -139,15 +141,14 @@ def file_hash(path):
 
 
 def print_table(rows):
-    """Print rows of text, the first column aligned to the left and the others to the right. A row of one cell is a
-    title."""
+    """Print rows of text, the first column left-aligned and the others right-aligned. A row of one cell is a title."""
     widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
     for name, *cells in rows:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# devices. torch is imported where it is needed: it takes a second, and some scripts do without
+# devices. torch is imported where it is needed: it takes a second, and some scripts do not need it
 
 
 def pick_device(device="auto", dtype="auto"):
@@ -168,14 +169,15 @@ def pick_device(device="auto", dtype="auto"):
         fast = torch.bfloat16
     else:
         fast = torch.float32
-    if fast == torch.float32 and dtype not in ("auto", "float32") or fast == torch.float16 and dtype == "bfloat16":
-        print(f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no instructions for {dtype} and is slow at it: leave --dtype out",
+    slow = fast == torch.float32 and dtype == "float16" or fast != torch.bfloat16 and dtype == "bfloat16"
+    if slow:
+        print(f"this {device.type} device has no instructions for {dtype} and is slow at it: leave --dtype out",
               file=sys.stderr)
     return device, fast if dtype == "auto" else getattr(torch, dtype)
 
 
 def find_device():
-    """"cuda" if torch can compute on a GPU with CUDA, else "cpu". Says so if there is a GPU that is not used."""
+    """"cuda" if torch can compute on a GPU with CUDA, else "cpu". Prints a line if there is a GPU that is not used."""
     import torch
     problem = ""
     if torch.cuda.is_available():
@@ -197,7 +199,8 @@ def find_device():
 
 
 def cpu_has_bfloat16():
-    """Whether this CPU has instructions for products in bfloat16. Without them it imitates bfloat16, very slowly."""
+    """Whether this CPU has instructions for matrix products in bfloat16. Without them it emulates bfloat16, very
+    slowly."""
     import torch
     instructions = ("avx512_bf16", "amx_bf16")
     if hasattr(torch.cpu, "get_capabilities"):  # not in older versions of torch
@@ -215,7 +218,7 @@ def peak_flops(device, dtype):
         return None
     gpu = torch.cuda.get_device_name(device)
     for name, flops in PEAK_FLOPS.items():
-        # not the weaker cards that have the same name and a suffix
+        # exclude weaker cards, which have the same name and a suffix
         if re.search(rf"\b{name}\b(?!.*\b(Ti|Laptop|D|NVL|MIG)\b)", gpu):
             return flops
     return None
@@ -266,7 +269,7 @@ def start_processes(device, dtype):
 def stop_signals():
     """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. The next signal ends it.
 
-    A training loop looks at the list between two steps, where it can save its work."""
+    A training loop looks at the list between steps, when it is safe to save."""
     received = []
 
     def receive(number, frame):
@@ -291,7 +294,7 @@ def existing_runs():
 
 
 def newest_run():
-    """The folder under out/ whose run was logged last. Dates of files do not tell: copying a folder changes them."""
+    """The folder under out/ whose run was logged last. File dates are unreliable: copying a folder changes them."""
     runs = existing_runs()
     if not runs:
         sys.exit("no trained model in out/: run python train.py first")
@@ -328,13 +331,13 @@ def load_checkpoint(path):
 
 
 class Clock:
-    """Seconds of training over all sessions of a run, without the first step of each, in which the model compiles."""
+    """Seconds of training over all sessions of a run, not counting each session's first step."""
 
     def __init__(self, seconds_before):
         self.seconds_before = seconds_before
         self.created = time.perf_counter()
         self.started = None
-        self.paused_seconds = 0.0  # train.py adds up evaluations and saves: part of the time, but not of the speed
+        self.paused_seconds = 0.0  # for evaluations and saving: part of the run's time, but left out of its speed
 
     def start(self):
         """Called when the first step of this session is done."""
@@ -351,23 +354,23 @@ class Clock:
         self.seconds_before, self.started = self.seconds(), None
 
     def tokens_per_second(self, tokens):
-        """The speed of this session, which trained on so many tokens after its first step."""
+        """The speed of this session, given the number of tokens trained on after its first step."""
         return tokens / max(1e-9, self.seconds() - self.seconds_before - self.paused_seconds)
 
 
 def save_checkpoint(checkpoint, path):
-    """Write a checkpoint so that `path` always holds a whole one."""
+    """Write a checkpoint so that `path` always holds a complete one."""
     import torch
     try:
         with atomic_write(path, "wb") as file:
             torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         sys.exit(f"cannot write {path} ({error}); the last checkpoint stays: make room, then run the command again "
                  "with --resume")
 
 
 def check_resumable(checkpoint, args, defaults, out_dir):
-    """Refuse to continue a run with other options than it was begun with."""
+    """Refuse to continue a run with options different from those it was started with."""
     for name, value in vars(args).items():
         before = checkpoint["args"].get(name, defaults[name])  # an option may have been added since then
         if name not in RESUMABLE and before != value:
@@ -376,7 +379,7 @@ def check_resumable(checkpoint, args, defaults, out_dir):
 
 
 def trim_log(path, step):
-    """Create a run's log, or drop from it what was logged after `step`, where the run continues."""
+    """Create a run's log or, when resuming, drop the lines that were logged after `step`."""
     lines = []
     if step and os.path.exists(path):
         with open(path, encoding="utf-8") as file:

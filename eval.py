@@ -2,7 +2,7 @@
 
     python eval.py                                  the newest run
     python eval.py out/a out/b                      several runs
-    python eval.py out/a --only=loss,spans          some sections; what eval.json holds of the others stays
+    python eval.py out/a --only=loss,spans          only these sections; eval.json keeps the others
     python eval.py hf:roneneldan/TinyStories-33M --dataset=tinystories      somebody else's model, or hf:FOLDER
 
 The sections are loss, probes, spans and steps; the last one follows a run over the checkpoints of train.py --keep=log.
@@ -35,14 +35,14 @@ SECTIONS = ("loss", "probes", "spans", "steps")
 
 
 def sliding_windows(tokens, eot, block_size):
-    """[(start, end, scored)] of windows that together predict each of tokens (N,) once, except the first.
+    """[(start, end, scored)] of windows that together predict every token of `tokens` (N,) once, but for tokens[0].
 
-    A window's inputs are tokens[start:end], at most block_size of them, and its targets are the tokens one later. The
-    targets up to index `scored` have their score from the window before; the others are tokens[scored + 1:end + 1].
+    A window's inputs are tokens[start:end], at most block_size of them, and its targets are the same tokens shifted by
+    one, tokens[start + 1:end + 1]. Those up to tokens[scored] were already scored in the previous window.
 
-    A story that fits into the context is one window, from the <|endoftext|> before the story to the one after it. A
-    longer story takes several, each half a context after the one before. So all but the first tokens of a story are
-    predicted from at least half a context."""
+    A story that fits into the context is one window, from the <|endoftext|> before the story to its last token. A
+    longer story takes several, each starting half a context after the previous one. So all but the first tokens of a
+    story are predicted from at least half a context."""
     boundaries = np.flatnonzero(tokens == eot).tolist()
     windows = []
     for first, last in zip(boundaries, boundaries[1:]):
@@ -58,13 +58,13 @@ def sliding_windows(tokens, eot, block_size):
 
 @torch.inference_mode()
 def score(model, tokens, eot, batch_tokens=None, title="evaluating"):
-    """The cross-entropy in nats, (N,), of each of the stories' `tokens` (N,); 0 for the first, which nothing predicts.
+    """The cross-entropy in nats, (N,), of each token of `tokens` (N,), which hold stories; 0 for the first token.
 
     No story sees another. The result does not depend on the batch size: windows of similar length go into one batch,
     padded at the end, where causal attention cannot see the padding."""
     device = model.head.weight.device
     if batch_tokens is None:
-        batch_tokens = 1024 if device.type == "cpu" else 2**14  # a CPU is slower with more
+        batch_tokens = 1024 if device.type == "cpu" else 2**14  # on a CPU, larger batches are slower
     batch_tokens = min(batch_tokens, 2**27 // model.config.vocab_size)  # at most 512 MB of logits
     nats = np.zeros(len(tokens), np.float32)
     remaining = sorted(sliding_windows(tokens, eot, model.config.block_size), key=lambda window: window[1] - window[0])
@@ -86,7 +86,7 @@ def score(model, tokens, eot, batch_tokens=None, title="evaluating"):
 
 
 def padded_length(length, block_size, device):
-    """The length to which windows are padded. On a GPU a multiple of 64, since its libraries plan for each new shape."""
+    """The length to which windows are padded. On a GPU a multiple of 64: its libraries prepare for each new shape."""
     if device.type != "cuda":
         return length
     return min(-(-length // 64) * 64, block_size)
@@ -140,7 +140,7 @@ def interval(numerators, denominators=None):
     denominators; None if the denominators sum to zero.
 
     The N stories, probes or prompts are drawn with replacement a thousand times (percentile bootstrap, Efron 1979).
-    Tokens are not drawn one by one, since those of one story depend on each other."""
+    Tokens are not drawn one by one, since those of one story are not independent."""
     numerators = np.asarray(numerators, float)
     denominators = np.ones(len(numerators)) if denominators is None else np.asarray(denominators, float)
     if not denominators.sum():
@@ -181,7 +181,8 @@ def loss_by_skill(dataset, tokens, nats, starts):
 
     Their shares of the text and of the whole loss show how little the mean loss says about a rare skill."""
     encoding, labels = load_tokenizer(dataset), np.asarray(load_tokens(dataset, "val.skills"))  # (N,) into SKILLS
-    # a word begins where a token begins with a space, and where the label changes
+    # a word begins with each token that begins with a space, and with each token whose label differs from the one
+    # before
     has_space = [encoding.decode_single_token_bytes(t)[:1] == b" " for t in range(encoding.eot_token)] + [False]
     is_word_start = np.array(has_space)[tokens] | np.append(False, labels[1:] != labels[:-1])
     n_tokens = sum_by_story(np.ones(len(tokens)), starts)
@@ -207,14 +208,14 @@ def sum_by_story(values, starts):
 # spans and probes. A span is a labeled stretch of a story: its words need a skill (grammar, fact, context, reasoning),
 # and the label holds a wrong alternative that tempts a reader without the skill. A probe is a minimal pair (as in
 # BLiMP, Warstadt et al. 2020): a prompt with right and wrong continuations. It comes from data/probes.json or from a
-# span. Then the prompt is the story up to the span, the span is right, and its alternative is wrong.
+# span. In the latter case the prompt is the story up to the span, the span is right, and its alternative is wrong.
 #
 # A probe is a dict: skill, kind (of task within the skill), prompt, right and wrong (lists of continuations), and
 # for spans `after`, the text that follows either of them.
 
 
 def read_list(option, path, is_valid):
-    """The list in the JSON file of an option, all of whose items must be valid."""
+    """The list in the JSON file that an option names, all of whose items must be valid."""
     try:
         with open(path, encoding="utf-8") as file:
             items = json.load(file)
@@ -239,7 +240,8 @@ def read_spans(dataset, limit, by="skill"):
 def validation_spans(dataset):
     """Yield (story, span) for each span of a dataset's validation stories.
 
-    val.bin holds tokens alone, so they come from the records that prepare.py read, those whose text is in val.bin."""
+    val.bin holds tokens alone, so the spans come from the records that prepare.py read: from those whose text is in
+    val.bin."""
     if not os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
         return
     meta, encoding = load_meta(dataset), load_tokenizer(dataset)
@@ -259,7 +261,7 @@ def probe_from_span(story, span, before):
     kind = span.get("kind", span["skill"])
     if "depth" in span:
         kind += f", depth {span['depth']:2}"
-    # The next word is scored as well. Else "jump" would win over "jumped" because it is a beginning of it.
+    # The next word is scored as well. Otherwise "jump", being a prefix of "jumped", would win.
     next_word = re.match(r"\W*\w*", story[span["end"]:])[0]
     return {"skill": span["skill"], "kind": kind, "prompt": before + story[:span["start"]],
             "right": [story[span["start"]:span["end"]]], "wrong": [span["wrong"]], "after": next_word}
@@ -269,14 +271,14 @@ def passes(model, encoding, probes, title="probes"):
     """(N,) bool: whether a right continuation of each of N probes is likelier than all wrong ones.
 
     The cost of a continuation is the sum of nats of its tokens. Tokens that all texts of a probe begin with cost the
-    same, and are left out. Where a text is longer than the context, its end is scored."""
+    same, and are left out. If a text is longer than the context, its beginning is dropped."""
     eot, block_size = encoding.eot_token, model.config.block_size
     tokens = []  # the texts of all probes, as if they were stories
     scored = []  # for each probe, the slice of `tokens` to score in each of its texts
     for probe in probes:
         texts = [probe["prompt"] + c + probe.get("after", "") for c in probe["right"] + probe["wrong"]]
         rows = [encoding.encode_ordinary(text) for text in texts]
-        n_common = len(os.path.commonprefix(rows))  # works on any sequences
+        n_common = len(os.path.commonprefix(rows))  # works on any sequence
         scored.append([])
         for row in rows:
             n_dropped = max(0, len(row) + 1 - block_size)  # the context also holds <|endoftext|>
@@ -327,9 +329,9 @@ def mentions(continuation, prompt):
 
 
 def heuristics(probe, counts):
-    """{heuristic: its chance to pass the probe}. Each is a control: what it passes shows no skill.
+    """{heuristic: its chance to pass the probe}. Each is a control: to pass as often as it does shows no skill.
 
-    counts: {phrase: how often it occurs in train}. Of several continuations with the same score, one is guessed."""
+    counts: {phrase: how often it occurs in train}. Ties are broken by guessing."""
     continuations = probe["right"] + probe["wrong"]
     positions = [mentions(continuation, probe["prompt"]) for continuation in continuations]
     scores = {
@@ -430,7 +432,8 @@ def experiment_of(checkpoint, context):
 
 
 def read_results(subject):
-    """The sections of eval.json, but only if they are about the same checkpoint: a run may have gone on since then."""
+    """The sections of eval.json, but only if they are about the same checkpoint: a run may have continued since
+    then."""
     try:
         with open(subject.path("eval.json"), encoding="utf-8") as file:
             results = json.load(file)

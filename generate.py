@@ -9,7 +9,7 @@ in each prompt make a corpus diverse (Eldan & Li 2023, arXiv 2305.07759). Each s
     check   is it a whole story, with all three words, and no copy? split_answer(), why_rejected()
     file    stories.jsonl if it is good, else rejected.jsonl, both under data/<name>/: class Corpus
 
-A rejected story is asked for once more. Every answer is on disk as soon as it comes: a run may be stopped at any
+A rejected story is requested once more. Every answer is on disk as soon as it comes: a run may be stopped at any
 moment, and the same command continues it.
 """
 import hashlib
@@ -31,10 +31,10 @@ from common import CommandLine, atomic_write, run_main, stop_signals
 from prepare import fingerprint
 
 MAX_REQUESTS = 2  # per story: if the answer is rejected, ask once more, then give up
-MAX_REJECTED = 100  # stop after so many rejected answers in a row
+MAX_REJECTED = 100  # stop after this many rejected answers in a row
 MIN_WORDS = 60  # a shorter story has no plot
 ANSWER_TOKENS = 350  # typical of an answer, for --dry_run: a story of about 300 and its summary
-FEATURES = {  # the TinyStories paper's name of each feature, and how the prompt asks for it
+FEATURES = {  # the TinyStories paper's name for each feature, and how the prompt asks for it
     "dialogue": "people or animals talk to each other",
     "bad ending": "it all ends badly",
     "moral value": "somebody learns how one should treat others",
@@ -83,7 +83,8 @@ def add_ending(word, ending):
 def inflections(word, endings=ALL_ENDINGS):
     """All forms of a word, with the irregular ones of data/words.json and British spellings.
 
-    The set also has forms that nobody writes, such as walkked. They do no harm when a story is searched for a word."""
+    The set also contains forms that nobody writes, such as walkked. They do no harm when a story is searched for a
+    word."""
     forms = {word, word + "s", IRREGULAR["past"].get(word, word), IRREGULAR["plural"].get(word, word)}
     forms.update(IRREGULAR["inflected"].get(word, []))
     forms.update(add_ending(word, ending) for ending in endings)
@@ -98,7 +99,7 @@ def inflections(word, endings=ALL_ENDINGS):
 
 
 def missing_words(words, story):
-    """The requested words, [verb, noun, adjective, others], that a story does not have in any inflection.
+    """The requested words, [verb, noun, adjective, others], that a story does not contain in any form.
 
     A story has a compound such as "ice cream" if it has all its parts."""
     story_words = set(re.findall(r"[^\W\d_]+", story.lower()))
@@ -182,7 +183,7 @@ def parse_server_args(parser, argv):
     parser.option("base_url", "", "the server, if OPENAI_BASE_URL does not name it, e.g. http://localhost:8000/v1")
     parser.option("concurrency", 16, "requests under way at a time", low=1, high=1000)
     parser.option("timeout", 120.0, "seconds to wait for an answer", low=0.1)
-    parser.option("max_retries", 8, "times to try again, waiting longer each time, after an error that may pass", low=0)
+    parser.option("max_retries", 8, "times to try again, waiting longer each time, after a temporary error", low=0)
     parser.option("price_in", 0.0, "dollars per million tokens of prompts", low=0)
     parser.option("price_out", 0.0, "dollars per million tokens of answers", low=0)
     parser.option("max_cost", math.inf, "stop before the cost can pass this many dollars", low=0)
@@ -193,21 +194,21 @@ def parse_server_args(parser, argv):
 
 
 def dollars(args, tokens_in, tokens_out):
-    """The price of so many tokens of prompts and of answers."""
+    """The price of the given numbers of prompt and answer tokens."""
     return (tokens_in * args.price_in + tokens_out * args.price_out) / 1e6
 
 
 def worst_cost(args, tokens, tasks, max_tokens):
-    """Dollars for `tokens` so far and for one request of each task, if every answer is as long as it can be."""
+    """Dollars for `tokens` so far and for one request for each task, if every answer is as long as it can be."""
     # a token of a prompt is at least one byte, and servers add some tokens of their own
     tokens_in = sum(len(prompt.encode()) + 50 for _, prompt, _ in tasks)
     return dollars(args, tokens["tokens_in"] + tokens_in, tokens["tokens_out"] + max_tokens * len(tasks))
 
 
 def connect(args):
-    """A client of the server at --base_url or OPENAI_BASE_URL, or of OpenAI if neither is given.
+    """A client for the server at --base_url or OPENAI_BASE_URL, or of OpenAI if neither is given.
 
-    Many threads may use it at a time. It repeats a request that fails for a reason that may pass, up to --max_retries
+    Many threads may use it at once. It repeats a request that fails temporarily, up to --max_retries
     times and with growing pauses."""
     import openai  # here, because the words and plans above are also used where openai is not installed
     server = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
@@ -240,11 +241,12 @@ class Answer:
 
 
 def ask(client, request, prompt):
-    """Send one request and wait for its Answer. If the server reports no usage, a token is taken as four characters."""
+    """Send one request and wait for its Answer. If the server reports no usage, four characters are counted as a
+    token."""
     import openai
     request = {**request, "messages": [{"role": "user", "content": prompt}]}
     if client.base_url.host == "api.openai.com":
-        # its newer models refuse the old name of this limit, and many other servers do not know the new one
+        # its newer models refuse the old name for this limit, and many other servers do not know the new one
         request["max_completion_tokens"] = request.pop("max_tokens")
     free = {"tokens_in": 0, "tokens_out": 0}
     try:
@@ -266,13 +268,14 @@ def ask(client, request, prompt):
 
 
 def ask_all(client, request, tasks, store, bar, args, tokens):
-    """Do all tasks, up to --concurrency at a time.
+    """Run all tasks, up to --concurrency at once.
 
-    A thread sends one request and waits for its answer. The main thread does all else, so nothing needs a lock.
+    A thread sends one request and waits for its answer. The main thread does everything else, so nothing needs a lock.
     tasks: yields (item, prompt, how many requests may be made about the item).
     store(item, answer): writes an answer to a file; returns why it is rejected, or "" if it is good.
     tokens: a Counter of all tokens paid for, to which those of the answers are added.
-    Raises SystemExit or KeyboardInterrupt, with the reason as its text, if tasks are left to the next run."""
+    Raises SystemExit or KeyboardInterrupt, with the reason as its text, if tasks are left for the next run; and what
+    store() raises."""
     tasks, queue = iter(tasks), deque()  # the queue has the tasks that come next: new ones and rejected ones
     under_way = {}  # {Future of an Answer: task}
     failed = rejected = 0  # failed requests in a row, and rejected answers in a row
@@ -282,10 +285,11 @@ def ask_all(client, request, tasks, store, bar, args, tokens):
     with stop_signals() as signals, bar:
         while True:
             # 1. start requests, as many as --concurrency and --max_cost allow
+            # the queue and the requests under way are never more than --concurrency together
             queue.extend(islice(tasks, args.concurrency - len(queue) - len(under_way)))
             while queue and not stop:
                 if worst_cost(args, tokens, [queue[0], *under_way.values()], request["max_tokens"]) > args.max_cost:
-                    break  # until answers under way turn out to cost less than they may
+                    break  # wait for the answers under way: they may cost less than the worst case
                 item, prompt, requests = queue.popleft()
                 under_way[pool.submit(ask, client, request, prompt)] = item, prompt, requests
             if not under_way:
@@ -296,11 +300,11 @@ def ask_all(client, request, tasks, store, bar, args, tokens):
                 try:
                     answer = future.result()
                     tokens.update(answer.tokens)
-                    reason = answer.error or store(item, answer)
+                    reason = "" if answer.error else store(item, answer)
                 except Exception as exception:  # a full disk or a bug: raise it after the other answers are stored
                     stop = stop or exception
                     continue
-                if answer.error:
+                if answer.error:  # the item is left for the next run
                     failed, error = failed + 1, answer.error
                 else:
                     failed = 0
@@ -309,7 +313,7 @@ def ask_all(client, request, tasks, store, bar, args, tokens):
                     stop = stop or SystemExit(error)
                 if rejected == MAX_REJECTED:
                     stop = stop or SystemExit(f"the last {rejected} answers were all rejected, the last one: {reason}")
-                if reason and not answer.error and requests > 1:
+                if reason and requests > 1:  # ask once more
                     queue.append((item, prompt, requests - 1))
                 else:
                     bar.update()
@@ -331,7 +335,8 @@ def drop_answers(number, frame):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# files of one JSON object a line. They are only appended to, so a process that is killed spoils at most the last line
+# files of one JSON object per line. They are only appended to, so a process that is killed damages at most the last
+# line
 
 
 def read_lines(path):
@@ -357,7 +362,7 @@ def open_to_append(path):
         if not last.endswith(b"\n"):
             try:
                 json.loads(last)
-                file.write(b"\n")  # nothing but its end was missing
+                file.write(b"\n")  # only the newline was missing
             except ValueError:
                 file.truncate(file.tell() - len(last))
     return open(path, "a", encoding="utf-8")
@@ -383,10 +388,10 @@ def lock(path):
 
 
 class Corpus:
-    """What all runs so far have written to the files of a corpus. A run knows nothing else of the earlier ones."""
+    """What all runs so far have written to the files of a corpus. This is all that a run knows about earlier ones."""
 
     def __init__(self, folder, settings):
-        """Read the files. Exits if they were begun with other settings, which generate.json holds."""
+        """Read the files. Exits if they were started with other settings, which are kept in generate.json."""
         self.folder = folder
         self.stories = os.path.join(folder, "stories.jsonl")
         self.rejected = os.path.join(folder, "rejected.jsonl")
@@ -417,7 +422,7 @@ class Corpus:
             self.fingerprints.add(fingerprint(record["story"]))
 
     def missing(self, n):
-        """The numbers of those of the first n stories that may still be asked for."""
+        """Which of the first n stories may still be asked for, as a set of their numbers."""
         return {i for i in range(n) if i not in self.done and self.rejections[i] < MAX_REQUESTS}
 
     def summary(self, args):

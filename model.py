@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from common import pick_device
 
-# n_layer and n_embd as in the paper (Eldan & Li 2023, arXiv 2305.07759), and n_head
+# (n_layer, n_embd, n_head); the first two are the paper's (Eldan & Li 2023, arXiv 2305.07759)
 SIZES = {"1M": (8, 64, 4), "3M": (8, 128, 4), "8M": (8, 256, 8), "28M": (8, 512, 8), "33M": (4, 768, 12),
          "1L-21M": (1, 1024, 16), "2L-33M": (2, 1024, 16)}
 POSITIONS = ("rope", "alibi", "learned", "none")
@@ -42,7 +42,7 @@ class GPTConfig:
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without a learned gain: the matrices that follow can absorb it."""
+    """RMSNorm over the last dimension, without a learned gain: in most places the next matrix can absorb one."""
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)  # on a GPU, autocast would return float32
 
 
@@ -70,8 +70,9 @@ def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(D)) v of q (B, H, T, D) and k, v (B, H, S, D); causal unless a mask is given."""
     T, S = q.size(2), k.size(2)  # without a mask, either S = T or T = 1
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
-        # torch's fused kernel is slow here, above all its backward pass: two products and a softmax train 1.5 times
-        # faster. For a single query, multiplying and summing is faster than a product, which would copy the keys.
+        # torch's fused kernel is slow here, especially its backward pass: two matrix products and a softmax make
+        # training 1.5 times faster. For a single query, multiplying and summing is faster than a product, which would
+        # copy the keys.
         scores = q @ k.transpose(-2, -1) if T > 1 else (q * k).sum(-1)[:, :, None]  # (B, H, T, S)
         future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
         scores = (scores.float() * q.size(-1) ** -0.5).masked_fill(future, -math.inf)
@@ -90,7 +91,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # three matrices instead of one: Muon orthogonalizes each of them by itself, which learns faster
+        # three matrices instead of one: Muon orthogonalizes each one separately, which makes learning faster
         self.q = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.k = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -116,9 +117,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with a squared ReLU between them (So et al. 2021, arXiv 2109.08668): each position by itself.
+    """Two matrices with a squared ReLU between them (So et al. 2021, arXiv 2109.08668), applied to each position
+    separately.
 
-    Most of its hidden activations are exactly zero and none is negative, so that a neuron can be read."""
+    Most of its hidden activations are exactly zero and none is negative, which makes neurons interpretable."""
 
     def __init__(self, config):
         super().__init__()
@@ -150,9 +152,9 @@ class GPT(nn.Module):
     A single layer can then find what followed an earlier copy of a token (an induction head); a plain transformer needs
     a previous-token head in the layer below.
 
-    New embeddings are drawn with standard deviation `embed_std`. Small ones learn faster. But tokens that are used
-    alike, such as + and -, get nearly the same updates: if they start small, these dominate, the embeddings end nearly
-    equal, and no layer can tell them apart."""
+    New embeddings are drawn with standard deviation `embed_std`. Small ones learn faster. But tokens used in
+    similar ways, such as + and -, get nearly the same updates. If embeddings start small, the updates dominate, the
+    embeddings become nearly equal, and no layer can tell them apart."""
 
     def __init__(self, config, embed_std=0.1):
         super().__init__()
@@ -173,7 +175,8 @@ class GPT(nn.Module):
         self.init_weights(embed_std)
 
     def init_weights(self, embed_std):
-        """Draw all weights. With a standard deviation of 1/sqrt(C), a matrix's outputs are about as large as its inputs."""
+        """Draw all weights. With a standard deviation of 1/sqrt(C), a matrix's outputs are about as large as its
+        inputs."""
         for name, p in self.named_parameters():
             if name.endswith("proj.weight") or name == "head.weight":
                 nn.init.zeros_(p)  # every block starts as the identity, and all tokens are equally likely
@@ -185,8 +188,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=self.config.n_embd ** -0.5)
 
     def attention_mask(self, queries, S):
-        """Which of S keys the queries at positions (T,) may attend to: a bias on the logits, (H, T, S), for alibi; else
-        (T, S), True where attention is allowed."""
+        """Which of S keys the queries at positions (T,) may attend to, in one of the two forms that torch takes: (T,
+        S), True where attention is allowed; or for alibi (H, T, S), a bias to add to the logits, -inf where it is
+        not."""
         distance = queries[:, None] - torch.arange(S, device=queries.device)  # (T, S)
         if self.config.pos != "alibi":
             return distance >= 0
@@ -194,12 +198,12 @@ class GPT(nn.Module):
         return bias.masked_fill(distance < 0, -math.inf)
 
     def locate(self, T, cache, device):
-        """Where T tokens stand behind those in the cache: (their positions, the number S of keys, the mask). The mask is
-        None where plain causal masking suffices."""
+        """Where T new tokens go, after those in the cache: (their positions, the number S of keys, the mask). The mask
+        is None where attend() needs none: if nothing is cached, or for a single token, which sees all keys."""
         start = cache.length if cache else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into a context of {self.config.block_size}")
-        if cache and cache.position is not None:  # a CUDA graph serves many positions: this one is only known on the GPU
+        if cache and cache.position is not None:  # in a CUDA graph, the position is a tensor
             return cache.position, cache.max_keys, self.attention_mask(cache.position, cache.max_keys)
         mask = None
         if self.config.pos == "alibi" or (start > 0 and T > 1):
@@ -216,8 +220,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """Logits (B, T, V) of token ids idx (B, T). With `targets` (B, T), the cross-entropy of each token in nats,
-        (B, T); targets of -1 are ignored and cost 0. With a `cache`, idx continues what the cache holds, and is added
-        to it."""
+        (B, T); targets of -1 are ignored and cost 0. With a `cache`, idx continues the text whose keys and values the
+        cache holds, and its own are added."""
         positions, S, mask = self.locate(idx.size(1), cache, idx.device)
         x = self.embed(idx)  # (B, T, C)
         if self.config.pos == "learned":
@@ -231,7 +235,8 @@ class GPT(nn.Module):
         if self.config.pos == "rope":
             rope = self.cos[positions], self.sin[positions]  # (T, D/2) each
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache.kv[layer, :, :, :, :S] if cache else None, positions)
+            kv_cache = cache.kv[layer, :, :, :, :S] if cache else None  # a view: attention writes into the cache
+            x = block(x, rope, mask, kv_cache, positions)
         if cache:
             cache.length += idx.size(1)
         logits = self.head(norm(x))
@@ -256,8 +261,9 @@ class GPT(nn.Module):
 class Cache:
     """The keys and values of all layers, (n_layer, 2, B, H, block_size, D), so that decoding reads each token once.
 
-    `length` positions are filled. `last_embedding` (B, 1, C) is the last token's, for smear. In a CUDA graph, `position`
-    (1,) is where the next token stands, and attention reads `max_keys` keys, of which it masks those that come later."""
+    `length` positions are filled. `last_embedding` (B, 1, C) is the last token's, for smear. In a CUDA graph,
+    `position` (1,) is where the next token stands, and attention reads `max_keys` keys, of which it masks those that
+    come later."""
 
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
@@ -269,17 +275,17 @@ class Cache:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# optimizers: beside the model, because each kind of weight needs the optimizer that suits it
+# optimizers: kept with the model, because each kind of weight needs the optimizer that suits it
 
 
 def orthogonalize(x, dtype):
-    """Approximately U V^T of each matrix U S V^T in x (B, M, N), in `dtype`: singular values end between 0.7 and 1.2.
+    """Approximately U V^T of each matrix U S V^T in x (B, M, N), in `dtype`, with singular values from 0.7 to 1.2.
 
     Quintic Newton-Schulz iteration, x ← a x + (b x xᵀ + c (x xᵀ)²) x, with the coefficients of Jordan et al. (2024,
     kellerjordan.github.io/posts/muon), whose optimizer this is."""
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
-    # a norm of 1 bounds the singular values by 1; and so no product overflows or underflows in float16
+    # a norm of 1 bounds the singular values by 1, so that no product overflows in float16
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
         gram = x @ x.mT
@@ -329,8 +335,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, args):
     """Muon for the matrices of the blocks and AdamW for all other weights, or AdamW for everything.
 
-    Embedding and head do not decay. Next to Muon, their AdamW has betas of 0.7 and 0.99 instead of the usual 0.9 and
-    0.95, since most rows of an embedding have no gradient in most steps."""
+    Embedding and head do not decay. Alongside Muon, AdamW uses betas of 0.7 and 0.99 for them instead of the usual 0.9
+    and 0.95, since most rows of an embedding have no gradient in most steps."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("blocks.")]
     if args.optimizer == "adamw":
@@ -342,7 +348,7 @@ def make_optimizers(model, args):
 
 
 def lr_multiplier(progress, args):
-    """The learning rate after `progress` (0 to 1) of the run, divided by its peak: warm-up, then cosine or wsd."""
+    """The learning rate at `progress` (0 to 1) of the run, as a share of its peak: warm-up, then cosine or wsd."""
     if progress < args.warmup:
         return progress / args.warmup
     if args.schedule == "cosine":

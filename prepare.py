@@ -46,7 +46,7 @@ VERSIONS = {1: ("TinyStories-train.txt", "TinyStories-valid.txt"),
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 UNFINISHED = "unfinished"  # the folder, inside the dataset's, in which new files are made
 CHUNK_BYTES = 1 << 21  # a worker reads about this much of a file at a time
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file with mistakes can raise
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError)  # what a malformed file can raise
 
 # -----------------------------------------------------------------------------------------------------------------
 # fetch
@@ -79,7 +79,7 @@ def find_sources(args, folder):
 
 def refuse_two_versions(paths, folder, version):
     """End the program if both versions of TinyStories would meet in one dataset: in the files to read, in the texts in
-    its folder, or in the texts that its present bins were made from. The message shows how to prepare `version`."""
+    its folder, or in the texts that its current bins were made from. The message shows how to prepare `version`."""
     names = " ".join(paths + glob.glob("*.txt", root_dir=folder))
     if os.path.exists(f"{folder}/meta.json"):
         with open(f"{folder}/meta.json") as file:
@@ -107,25 +107,25 @@ def download(url, path, retries=5, wait=1.0):
             if failures > retries or status in (400, 401, 403, 404, 410):
                 sys.exit(f"cannot download {url}: {error}. Run this again to continue after {size:,} bytes, check "
                          "--url, name a file that you have with --input=FILE, or make stories with python -m lab.world")
-        if status == 416:  # the server has no byte after ours, so ours are of another file, or were not renamed
+        if status == 416:  # the server has no byte after ours: ours are another file's, or all of this one
             os.truncate(part, 0)
         largest = max(size, largest)
         time.sleep(wait * (2**failures - 1))  # 0 s after progress, then 1, 3, 7, 15 and 31 s
 
 
 def fetch_rest(url, part):
-    """Append to the file `part` what it lacks of `url`. Raises OSError if the connection ends before that."""
+    """Append the rest of `url` to the file `part`. Raises OSError if the connection ends before that."""
     start = os.path.getsize(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
     with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as file:
         if response.status != 206:  # the server ignores ranges and sends the file from its start
             start = 0
             file.truncate(0)
-        total = start + int(response.headers.get("Content-Length", 0))  # 0 if the server does not tell the length
+        total = start + int(response.headers.get("Content-Length", 0))  # 0 if the server does not report the length
         with tqdm.wrapattr(response, "read", total=total or None, initial=start, desc=part, disable=None) as body:
             shutil.copyfileobj(body, file)
     if os.path.getsize(part) < total:
-        raise OSError(f"{os.path.getsize(part):,} of {total:,} bytes came")
+        raise OSError(f"{os.path.getsize(part):,} of {total:,} bytes arrived")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,8 @@ def split_file(path):
 
 def parse_stories(path, content):
     """The stories in bytes of a file, each as a record {"story": text, …}: JSON lines, or text split at EOT."""
-    text = re.sub(r"(?m)^\ufeff", "", content.decode())  # byte-order marks, also inside a file that was joined
+    # byte-order marks, also inside a file that was joined from several
+    text = re.sub(r"(?m)^\ufeff", "", content.decode())
     if path.endswith(".jsonl"):
         records = [json.loads(line) for line in text.split("\n") if line.strip()]
         for record in records:
@@ -189,7 +190,8 @@ def run_workers(function, tasks, title):
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them.
     pool = ProcessPoolExecutor(min(61, cpus), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    # Python can lose a KeyboardInterrupt while it forks. So until the workers run, Ctrl-C is only noted.
+    # Python can lose a KeyboardInterrupt while it forks. So until the workers run, Ctrl-C is only recorded, and raised
+    # after that.
     interrupts = []
     handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
@@ -207,15 +209,16 @@ def run_workers(function, tasks, title):
 
 # What each byte from 80 to FF becomes when it is read as cp1252. The five that cp1252 lacks stay control characters.
 CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100))
-# UTF-8 characters of two, three and four bytes that were read so: "don’t" becomes "donâ€™t". The first byte tells how
-# many they are: C2 to DF (read as Â to ß) begin two bytes, E0 to EF three, and F0 to F4 four.
-TAIL = f"[{CP1252[:64]}]"  # a byte from 80 to BF, as all bytes of a character but the first are
+# UTF-8 characters of two, three and four bytes that were misread this way: "don’t" becomes "donâ€™t". The first byte
+# tells how many they are: C2 to DF (read as Â to ß) begin two bytes, E0 to EF three, and F0 to F4 four.
+TAIL = f"[{CP1252[:64]}]"  # a continuation byte: any byte of a character but its first
 MOJIBAKE = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|[ð-ô]{TAIL}{TAIL}{TAIL}")
 QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
 
 
 def repair(record):
-    """The story of a record, with UTF-8 that was read as cp1252 undone. If spans point into it, it stays as it is."""
+    """The story of a record, with mojibake (UTF-8 that was read as cp1252) undone. If spans point into it, it stays as
+    it is."""
     def decode(match):
         try:
             return bytes(0x80 + CP1252.index(character) for character in match[0]).decode()
@@ -229,7 +232,7 @@ def repair(record):
 def fingerprint(story):
     """64 bits of a story's text, the same for copies that differ only in case, quotes and white space.
 
-    Among 3 million stories, two different ones share a fingerprint with a probability of one in 4 million."""
+    Among 3 million stories, the chance that any two different ones share a fingerprint is one in 4 million."""
     normal = " ".join(story.translate(QUOTES).lower().split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")
 
@@ -257,7 +260,7 @@ def decide(chunk, file_split, args):
 def plan_dataset(files, args):
     """The plan, [(chunk, final decisions on its stories)], and a Counter of what cleaning did.
 
-    Of several copies the first stays. Files of val are read first, so that a story in two files stays in val."""
+    The first of several copies stays. Files of val are read first, so that a story in two files stays in val."""
     files = sorted(files, key=lambda file: ("val", None, "train").index(file[1]))
     tasks = [(chunk, split) for path, split in files for chunk in split_file(path)]
     plan, cleaning, stories = [], Counter(), {"train": 0, "val": 0}
@@ -265,7 +268,8 @@ def plan_dataset(files, args):
     for (chunk, file_split), proposals in run_workers(partial(decide, args=args), tasks, "reading"):
         decisions = []
         for key, decision, repaired in proposals:
-            # What the worker decided stays, unless the story is a copy or one too many.
+            # `stories` has the keys train and val. What the worker decided stays, unless the story is a copy, or one
+            # more than --max_stories. The latter is no fault of the story's, and is not counted.
             if args.clean and decision in stories and key in seen:
                 decision = f"copies in {decision}" if decision == seen[key] else "in train and in val"
             if decision == "train" and stories["train"] == args.max_stories:
@@ -290,7 +294,8 @@ def plan_dataset(files, args):
 
 
 def planned_records(chunk, decisions, args):
-    """Yield (split, record) for each story of a chunk that stays: repaired, and with instructions, as options say."""
+    """Yield (split, record) for each story of a chunk that stays: repaired, and with instructions, as the options
+    say."""
     for record, decision in zip(read_chunk(*chunk), decisions):
         if decision in ("train", "val"):
             if args.clean:
@@ -328,7 +333,7 @@ def instruction(fields):
 
 # GPT-2 splits text into words, and merges bytes only inside them (Radford et al. 2019). The pattern is tiktoken's.
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
-# The same, but with letters, digits and signs left together. These pieces are faster to find and to count.
+# Text between spaces. A word never crosses such a border, so each different piece is split into words only once.
 PIECES = re.compile(r" ?\S+|\s+(?!\S)|\s")
 # The single bytes in GPT-2's order: the printable ones first.
 BYTES = sorted(range(256), key=lambda b: (not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b), b))
@@ -337,9 +342,9 @@ BYTES = sorted(range(256), key=lambda b: (not (33 <= b <= 126 or 161 <= b <= 172
 def train_bpe(words, vocab_size):
     """Learn ranks from {word's bytes: how often it occurs}.
 
-    Every word starts as single bytes. In each step the most frequent pair of neighboring tokens becomes a new token;
-    among equally frequent pairs, the one with the smallest ids. Only the words that contain the pair are counted anew.
-    Training ends at vocab_size - 1 tokens, as <|endoftext|> takes the last id, or when no pair occurs twice."""
+    Every word starts as a list of single bytes. In each step the most frequent pair of neighboring tokens becomes a new
+    token; among equally frequent pairs, the one with the smallest ids. Only the words that contain the pair are counted
+    again. Training ends at vocab_size - 1 tokens, as <|endoftext|> takes the last id, or when no pair occurs twice."""
     tokens = [bytes([b]) for b in BYTES]
     spellings, frequencies = [[] for _ in words], list(words.values())  # a spelling is a list of token ids
     counts, holders = Counter(), defaultdict(set)  # of each pair: how often it occurs, and in which words
@@ -355,7 +360,8 @@ def train_bpe(words, vocab_size):
 
     for i, word in enumerate(words):
         spell(i, [BYTES.index(b) for b in word])
-    # The most frequent pair comes out first. A sorted list is a heap.
+    # The most frequent pair comes out first. A sorted list is a heap. Only pairs with the newest token are pushed
+    # later: a merge lowers the counts of all other pairs, or leaves them as they are.
     heap = sorted((-count, pair) for pair, count in counts.items())
     while heap and len(tokens) < vocab_size - 1:
         count, pair = heapq.heappop(heap)
@@ -366,7 +372,7 @@ def train_bpe(words, vocab_size):
             break
         new, new_pairs = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in holders.pop(pair):  # some may have lost the pair to other merges; for them, nothing changes
+        for i in holders.pop(pair):  # a word that lost the pair to another merge is still here, and stays as it is
             spell(i, merge(spellings[i], pair, new))
             new_pairs.update(neighbors for neighbors in pairwise(spellings[i]) if new in neighbors)
         for new_pair in new_pairs:
@@ -419,7 +425,7 @@ def parts_of(token, ranks):
 
 
 def make_encoding(ranks):
-    """The tiktoken.Encoding of ranks. <|endoftext|> gets the id after the last."""
+    """The tiktoken.Encoding of ranks. <|endoftext|> gets the next free id."""
     return tiktoken.Encoding("stories", pat_str=WORDS.pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
@@ -475,15 +481,15 @@ def encode(chunk, decisions, args, tokenizer):
         bins[split] += np.array(ids, "<u2").tobytes()
         if split == "val":
             bins["val.skills"] += label_tokens(story, ids, spans, encoding).tobytes()
-        # bits: what a perfect model needs for the story. The sum is nan if one of them is unknown.
+        # bits: what a perfect model needs for the story. If one is unknown, it is nan, and so is the sum.
         totals[split].update(stories=1, tokens=len(ids), bytes=len(story.encode()), spans=len(spans),
                              bits=record.get("bits", np.nan))
     return bins, totals
 
 
 def label_tokens(story, ids, spans, encoding):
-    """The skill (index into SKILLS) of each token of <|endoftext|> and a story: that of the span in which at least one
-    of its bytes lies, else 0."""
+    """The skill (index into SKILLS) of each of `ids`, <|endoftext|> and the tokens of a story: that of the span that a
+    token overlaps, else 0."""
     labels = np.zeros(len(ids), "<u2")
     # Tokens count bytes and spans count characters, so both are turned into bytes. <|endoftext|> has a length of 0.
     ends = np.cumsum([0] + [len(encoding.decode_single_token_bytes(token)) for token in ids[1:]])  # in bytes
@@ -519,7 +525,7 @@ def write_bins(plan, args, folder, eot):
 def prepare(args):
     """Make the dataset that the options describe.
 
-    All its files are made in a temporary folder and then moved into place, so an interrupted run changes nothing."""
+    All its files are made in a temporary folder, and moved into place when they are complete."""
     started = time.time()
     folder = f"data/{args.dataset}"
     new = f"{folder}/{UNFINISHED}"
@@ -537,7 +543,7 @@ def prepare(args):
     for split in ("train", "val"):
         meta[split] = {unit: totals[split][unit] for unit in ("stories", "tokens", "bytes")}
         meta[split]["sha256"] = file_hash(f"{new}/{split}.bin")
-        if totals[split]["bits"] > 0 and not args.instruct:  # known for all the text
+        if totals[split]["bits"] > 0 and not args.instruct:  # known for all stories: nan is not above 0
             meta[split]["bits_per_byte"] = totals[split]["bits"] / totals[split]["bytes"]
     meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage, "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
     meta["source"] = [{"file": path, "split": split, "bytes": os.path.getsize(path)} for path, split in files]
@@ -545,7 +551,7 @@ def prepare(args):
     meta["instruct"] = {"hold_out": args.hold_out} if args.instruct else False
     with open(f"{new}/meta.json", "w") as file:
         json.dump(meta, file, indent=1)
-    # Every reader starts from meta.json. It goes first and comes last, so whoever finds it finds the bins it describes.
+    # Every reader starts from meta.json. It is removed first and put back last, so that it never describes other bins.
     if os.path.exists(f"{folder}/meta.json"):
         os.remove(f"{folder}/meta.json")
     for name in ("train.bin", "val.bin", "val.skills.bin", "tokenizer.tiktoken", "meta.json"):
@@ -631,11 +637,11 @@ def main(argv=None):
     parser.option("vocab_size", None, "<|endoftext|> included (default: 4096 for bpe, 10000 for gpt2)", type=int,
                   low=257, high=65_535)  # the single bytes, and what uint16 holds
     parser.option("val_fraction", 0.01, "share held out where no file name or record names a split", low=0, high=1)
-    parser.option("max_stories", None, "keep only so many train stories (default: all)", type=int, low=1)
+    parser.option("max_stories", None, "keep at most this many train stories (default: all)", type=int, low=1)
     parser.option("clean", True, "repair stories, and remove broken, repeated and very short ones")
     parser.option("instruct", False, "put features, words, summary and a sentence before each story, where known")
     parser.option("hold_out", "", "instructions never together in train, e.g. words+summary")
-    parser.option("seed", 1, "of the instructions drawn")
+    parser.option("seed", 1, "seed for drawing instructions")
     args = parser.parse_args(argv)
 
     if not re.fullmatch(r"[^/\\]+", args.dataset):

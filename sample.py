@@ -2,11 +2,12 @@
 
     python sample.py --prompt="Once upon a time"                      one story by the newest run, as it is written
     python sample.py --num_samples=8 --temperature=1                  eight at once
-    python sample.py --interactive                                    type beginnings, the model continues them
+    python sample.py --interactive                                    type beginnings; the model continues them
     python sample.py --words="run, dog, red" --features="dialogue"    for a model trained with prepare.py --instruct
 
-A model gives a probability to every token that could come next. `pick` draws one of them, `generate` does so again and
-again until <|endoftext|> is drawn, and the rest of this file turns text into tokens and back.
+A model gives a probability to every token that could come next. `pick` draws one of them, and `generate` repeats
+this until <|endoftext|> is drawn. Then come two ways to do that faster, on a GPU and on a CPU, and at last stories,
+as text instead of tokens.
 """
 import os
 import sys
@@ -22,13 +23,14 @@ from prepare import EOT, instruction, load_ranks, make_encoding
 def load_run(path, device="cpu", block_size=0):
     """(model, checkpoint, encoding) of a run's folder or a checkpoint file in it; the model in float32, for inference.
 
-    block_size: another context than in training. Learned positions do not allow one."""
+    block_size: a context different from that in training. Learned positions do not allow one."""
     checkpoint = load_checkpoint(path)
     config = GPTConfig(**checkpoint["model_config"])
     if block_size and config.pos == "learned" and block_size != config.block_size:
         sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens and no other")
     config.block_size = block_size or config.block_size
-    # cuDNN's attention plans for each new shape, for up to half a second, and a story has a new shape at every token
+    # cuDNN's attention makes a plan for each new shape, which takes up to half a second; in a story, every token has a
+    # new one
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = GPT(config).to(device)
     model.load_state_dict(checkpoint["model"])
@@ -75,8 +77,8 @@ def generate(model, ids, max_tokens, seeds, eot, **settings):
     """Yield the next token ids (B,) of B = len(seeds) continuations of `ids`, (T,) or (B, T), until all have ended.
 
     A continuation ends with `eot`, which it then repeats. Each draws from a seed of its own, so that a story does not
-    depend on the batch it is written in. When the context is full, the later half of it is read again and the rest is
-    forgotten. settings: see `pick`."""
+    depend on the batch it is written in. When the context is full, or the prompt is longer, its second half is read
+    again, and the first is forgotten. settings: see `pick`."""
     device, block_size = model.head.weight.device, model.config.block_size
     # text: all tokens so far; unread: those that the model has not seen yet, at first all of them, later the newest one
     text = torch.tensor(ids, device=device).expand(len(seeds), -1)  # (B, T)
@@ -87,10 +89,10 @@ def generate(model, ids, max_tokens, seeds, eot, **settings):
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
     unread = text
     for i in range(max_tokens):
-        if cache.length + unread.size(1) > block_size:  # the context is full, or the prompt is too long for it
+        if cache.length + unread.size(1) > block_size:
             cache.length = 0
             unread = text[:, -max(1, block_size // 2):]
-        if graphed_step and cache.length:
+        if graphed_step and cache.length:  # not the prompt, nor what is read again
             token = graphed_step(unread, draws[:, i])
         else:
             token = pick(model(unread, cache=cache)[:, -1], draws[:, i], **settings)
@@ -104,16 +106,18 @@ def generate(model, ids, max_tokens, seeds, eot, **settings):
 
 
 class GraphedStep:
-    """A step of `generate` as CUDA graphs: from the last token of B stories to the next one, (B,).
+    """A step of `generate` as CUDA graphs: from the last tokens of B stories to the next ones, (B,).
 
-    Python launches some 300 kernels a step, which takes longer than they run. A CUDA graph records them once, and
-    launches all of them with one call. It repeats the same kernels on the same memory: so inputs are copied into tensors
-    that stay, and there is a graph for every `graph_keys` positions, in which attention reads all keys up to the next
-    multiple and masks those that are not there yet. The kernels are those that model.py launches, whatever it does.
+    Python launches about 300 kernels per step, and that takes longer than running them. A CUDA graph records them once,
+    and then launches all of them with one call. Whatever model.py computes is recorded, so a changed model is followed.
 
-    record(step): calls step(), and returns a function that repeats on the device what it did there."""
+    A replay repeats the same kernels on the same memory, and knows nothing of Python's variables. So the inputs and the
+    position are copied into tensors that stay where they are. The number of keys is fixed too: one graph serves
+    positions 0 to 63 and reads 64 keys, the next one serves 64 to 127 and reads 128, and so on. Keys of later positions
+    are masked."""
 
     def __init__(self, model, batch_size, settings, record=None, graph_keys=64):
+        """record(step) calls step() and returns a function that replays it; by default record_cuda_graph."""
         self.model, self.settings, self.graph_keys = model, settings, graph_keys
         self.record = record or record_cuda_graph
         self.cache, device = Cache(model, batch_size), model.head.weight.device
@@ -130,16 +134,17 @@ class GraphedStep:
         self.position.fill_(length)
         n_keys = min((length // self.graph_keys + 1) * self.graph_keys, self.model.config.block_size)
         if n_keys not in self.replays:
-            cache.position, cache.max_keys = self.position, n_keys
-            last_embedding = cache.last_embedding.clone()  # recording takes steps, which must not count
+            cache.position, cache.max_keys = self.position, n_keys  # from here on, the memory of self.position counts
+            last_embedding = cache.last_embedding.clone()
             self.replays[n_keys] = self.record(self.step)
-            cache.last_embedding.copy_(last_embedding)
-            cache.position = None
+            cache.last_embedding.copy_(last_embedding)  # recording took a step, which must not count
+            cache.position = None  # other calls of the model read cache.length instead
         self.replays[n_keys]()
         cache.length = length + 1
         return self.next_token.clone()
 
     def step(self):
+        """What is recorded: the tokens in self.token become those in self.next_token."""
         length = self.cache.length
         logits = self.model(self.token, cache=self.cache)[:, -1]
         self.next_token.copy_(pick(logits, self.draws, **self.settings))
@@ -151,7 +156,7 @@ def record_cuda_graph(step):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # libraries prepare themselves at their first call, which cannot be recorded
+        step()  # libraries initialize on their first call, which cannot be recorded
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -160,8 +165,8 @@ def record_cuda_graph(step):
 
 
 def reuse_graphs(model, batch_size, settings):
-    """The GraphedStep of the last call of `generate` if it was for a batch of the same size, else a new one; None where
-    the model is not on a GPU with CUDA, or not ours."""
+    """The GraphedStep of the last call of `generate` if it fits this one, else a new one; None where
+    the model is not on a GPU with CUDA, or is no GPT of model.py."""
     if model.head.weight.device.type != "cuda" or not isinstance(model, GPT):
         return None
     key = (batch_size, model.head.weight.dtype, settings)
@@ -175,8 +180,8 @@ def reuse_graphs(model, batch_size, settings):
 def speed_up_single_rows(model, parts=2):
     """Make the matrix products of a float32 model on a CPU faster where one story is written, token by token.
 
-    When torch multiplies a weight by a single row, it reads the weight at a fraction of the memory's speed. The same
-    product as a batch of two halves reads the same weight up to four times as fast. Only plain nn.Linear layers are
+    When torch multiplies a weight by a single row, it uses only a fraction of the memory's bandwidth. The
+    same product as a batch of two halves reads the weight up to four times as fast. Only plain nn.Linear layers are
     changed, and only in how they compute, so this works for any model.py."""
     for layer in model.modules():
         if type(layer) is torch.nn.Linear and layer.bias is None and layer.out_features % parts == 0:
@@ -201,7 +206,7 @@ def single_row_forward(layer, parts):
 
 
 def write_stories(model, encoding, prompt, max_tokens, seeds, **settings):
-    """One story a seed that begins with `prompt`, as lists of token ids without <|endoftext|>."""
+    """One story per seed that begins with `prompt`, as lists of token ids without <|endoftext|>."""
     ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
     columns = list(generate(model, ids, max_tokens, seeds, encoding.eot_token, **settings))
     rows = torch.stack(columns, dim=1).tolist()
@@ -238,7 +243,7 @@ def chat(model, encoding, instructions, settings, parser):
             stream_story(model, encoding, instructions + line, **settings)
         except KeyboardInterrupt:  # ends this story, not the program
             print()
-        settings["seed"] += 1  # else the same beginning would always get the same story
+        settings["seed"] += 1  # otherwise the same beginning would always get the same story
 
 
 def change_setting(text, settings, parser):
@@ -278,7 +283,7 @@ def command_line():
     parser.option("words", "", "words to use, for a model trained on instructions")
     parser.option("features", "", "features such as dialogue, for a model trained on instructions")
     parser.option("summary", "", "what happens, for a model trained on instructions")
-    parser.option("interactive", False, "type beginnings, the model continues them")
+    parser.option("interactive", False, "type beginnings; the model continues them")
     parser.option("seed", 1, "of the first story; the next one has the next seed", low=0)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     parser.option("dtype", "float32", "16 bits are faster for many stories, where the device is fast at them",

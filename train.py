@@ -9,8 +9,8 @@
 
 Writes out/<run>/ckpt.pt and log.jsonl, and ends with a summary of `name: value` lines.
 
-The file reads from top to bottom: the options, the data, the run, what happens before the first step, the loop
-(`train`) with its parts, and what happens after the last step. `main`, at the end, is the table of contents.
+Read this file from top to bottom: the options, the data, the run, what happens before the first step, the loop
+(`train`) with its parts, and what happens after the last step. `main`, at the end, calls these parts in this order.
 
 A step trains on --batch_tokens tokens. They are rows of --block_size tokens, split into micro batches that fit into
 memory: the gradients of the micro steps add up to those of the whole batch (gradient accumulation).
@@ -54,7 +54,7 @@ def command_line():
     parser.option("block_size", 256, "context in tokens", low=2)
     parser.option("pos", "rope", "how positions are encoded", choices=POSITIONS)
     parser.option("smear", True, "add a learned multiple of the previous embedding; False: the plain transformer")
-    parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps tokens apart that are used alike, "
+    parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps apart tokens that are used alike, "
                   "such as + and -", low=0.001)
     # how it learns
     parser.option("optimizer", "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw for all",
@@ -64,7 +64,7 @@ def command_line():
     parser.option("schedule", "wsd", "cosine, or wsd: warm-up, stable, then linear decay to zero",
                   choices=("cosine", "wsd"))
     parser.option("warmup", 0.02, "share of the run in which the learning rate rises", low=0, high=1)
-    parser.option("cooldown", 0.6, "share of the run in which wsd lowers it; 0 never does", low=0, high=1)
+    parser.option("cooldown", 0.6, "share of the run in which wsd lowers it; 0: never", low=0, high=1)
     parser.option("clip", 1.0, "maximum norm of the gradient; 0 means no limit", low=0)
     parser.option("batch_tokens", None, "total batch size in tokens, over all micro steps and processes (default: "
                   "4096; on a GPU up to 65536, the more the longer the run)", type=int, low=1)
@@ -109,15 +109,16 @@ def fill_defaults(args):
 
 
 def default_heads(n_embd):
-    """As many heads as possible of at least 64 channels, and of an even number of channels, as rope needs."""
+    """As many heads as possible, each with at least 64 channels and an even number of them, as rope needs."""
     fitting = [n for n in range(1, n_embd // 64 + 1) if n_embd % (2 * n) == 0]
     return max(fitting, default=1)
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # data: the token bins are read as one long stream, cut into rows of block_size tokens without regard to where stories
-# begin. Within a row, a story may see the end of the one before it. Rows that begin at a story learn hardly better, and
-# repeat some tokens while they leave out others (docs/log.md). The files are mapped into memory, and never loaded whole.
+# begin. Within a row, a story may see the end of the one before it. Rows that begin at a story hardly improve learning,
+# and repeat some tokens while they leave out others (docs/log.md). The files are mapped into memory, and never loaded
+# whole.
 
 
 def parse_mix(text):
@@ -142,7 +143,7 @@ def read_rows(tokens, length, first, count, seed):
     """Rows `first` to `first + count` of an endless walk over `tokens`, (count, length + 1) int64.
 
     An epoch visits each row of `length` tokens once, in an order that depends on the seed and the epoch alone, so that
-    a resumed run continues the walk exactly. A row has one token more: the target of its last one."""
+    a resumed run continues the walk exactly. A row has one extra token, the target of its last input."""
     n_rows = (len(tokens) - 1) // length
     rows = np.empty((count, length + 1), np.int64)
     for i in range(count):
@@ -153,7 +154,8 @@ def read_rows(tokens, length, first, count, seed):
 
 
 class TrainData:
-    """The train splits of a mix of datasets; `rows_read` counts the rows that were read of each."""
+    """The train splits of a mix of datasets; `rows_read` counts the rows read from each, which a checkpoint
+    needs in order to go on."""
 
     def __init__(self, args):
         self.seed, self.length = args.seed, args.block_size
@@ -225,7 +227,7 @@ class Run:
         elif args.init_from:
             load_initial_weights(self)
         self.first_step = self.step  # of this session
-        tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000
+        tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000  # if no time or steps are given
         args.batch_tokens = args.batch_tokens or choose_batch_tokens(args, tokens, self.device)
         self.micro_batch, self.micro_steps = plan_batch(self, args.batch_size or max_micro_batch(self))
         self.step_tokens = self.micro_batch * self.micro_steps * self.processes * args.block_size
@@ -242,7 +244,8 @@ class Run:
         """How many evaluations should have been made by now."""
         if self.args.max_minutes:
             return int(progress * self.args.evals)
-        return self.step * self.args.evals // self.max_steps  # in whole numbers, which do not round
+        # integers, so that no floating-point error moves an evaluation
+        return self.step * self.args.evals // self.max_steps
 
     def autocast(self):
         """The context in which matrix products run in `dtype`. The weights and the sums stay in float32."""
@@ -263,10 +266,10 @@ class Run:
 
 
 def choose_batch_tokens(args, tokens, device):
-    """The total batch size for a run of so many tokens, if --batch_tokens does not say it.
+    """The total batch size for a run of `tokens` tokens, unless --batch_tokens is given.
 
     Small steps learn the most from few tokens, and a CPU takes them as fast as large ones. A GPU would be idle for most
-    of a small step. A long run loses little by larger ones, so there the batch grows with the square root of its
+    of a small step. A long run loses little with larger ones, so there the batch grows with the square root of its
     length, in powers of two."""
     if device.type != "cuda" or args.max_steps:
         return 4096
@@ -277,18 +280,18 @@ def choose_batch_tokens(args, tokens, device):
 
 
 def max_micro_batch(run):
-    """The largest micro batch in rows, if --batch_size does not say it: on a GPU, what half of its memory holds."""
+    """The largest micro batch in rows, unless --batch_size is given: on a GPU, what half of its memory holds."""
     if run.device.type != "cuda":
         return 32
-    # what the backward pass needs of a token without compiling, by a test: some 50 bytes a channel and layer, and the
-    # logits, their copy in float32 and its gradient
+    # what the backward pass needs of each token without compiling: about 50 bytes per channel and layer, as a test
+    # measures it, and 12 per logit (in 16 bits, in float32, and its gradient)
     token_bytes = 50 * run.config.n_layer * run.config.n_embd + 12 * run.config.vocab_size
     memory = torch.cuda.get_device_properties(run.device).total_memory
     return min(max(1, memory // 2 // (token_bytes * run.config.block_size)), 128)
 
 
 def plan_batch(run, max_rows):
-    """(micro-batch size in rows, micro steps a step), so that all processes together make up --batch_tokens."""
+    """(micro-batch size in rows, micro steps a step), so that all processes together train on --batch_tokens."""
     rows = run.args.batch_tokens // run.args.block_size
     rows_each, rest = divmod(rows, run.processes)
     if not rows_each or rest:
@@ -308,9 +311,10 @@ def read_own_checkpoint(run):
     if not os.path.exists(path):
         sys.exit(f"there is no run in {run.out_dir} to continue: leave --resume out, or name a run with --out_dir")
     checkpoint = load_checkpoint(path)
-    args.batch_tokens = args.batch_tokens or checkpoint["args"]["batch_tokens"]  # chosen when the run was begun
+    # the run must go on with what was chosen for it
+    args.batch_tokens = args.batch_tokens or checkpoint["args"]["batch_tokens"]
     check_resumable(checkpoint, args, vars(command_line().parse_args([])), run.out_dir)
-    # the walk over the rows goes on where it stopped, which has a meaning only in the same bins
+    # the walk over the rows goes on where it stopped, which makes sense only in the same bins
     if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
         sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
                  "run with another --out_dir")
@@ -340,7 +344,7 @@ def load_initial_weights(run):
 
 
 def weights_of(run):
-    """What sample.py and eval.py need of a run."""
+    """What sample.py and eval.py need from a run."""
     return {"model": run.model.state_dict(), "step": run.step, "model_config": asdict(run.config),
             "args": vars(run.args), "datasets": list(run.data.mix), "tokenizer": run.data.tokenizer,
             "instruct": any(meta["instruct"] for meta in run.data.metas.values())}
@@ -364,7 +368,7 @@ def keep_weights(run):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# before the first step. Everything that can be refused has been refused before this begins.
+# before the first step. All options have been checked by now, so nothing is refused after this.
 
 
 def should_compile(run):
@@ -383,7 +387,7 @@ def should_compile(run):
 
 
 def open_run_folder(run):
-    """Create the run's folder with a copy of the tokenizer and the log, in which a resumed run continues."""
+    """Create the run's folder, copy the tokenizer into it, and start the log, or trim it for a resumed run."""
     if run.rank == 0:
         os.makedirs(run.out_dir, exist_ok=True)
         shutil.copy(os.path.join("data", run.data.first, "tokenizer.tiktoken"), run.out_dir)
@@ -401,7 +405,7 @@ def describe(run):
     run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
-    # four numbers a parameter, all in float32: weight, gradient and the two averages of AdamW; Muon keeps only one
+    # four numbers per parameter, all in float32: weight, gradient and the two averages of AdamW; Muon keeps only one
     numbers = 4 * model.num_params()
     if args.optimizer == "muon":
         numbers -= model.num_params(embedding=False)
@@ -413,7 +417,7 @@ def describe(run):
 
 def prepare_forward(run):
     """Compile the model if that is wanted, find a micro batch that fits into a GPU's memory, and share the model among
-    processes. Compiling and memory are tried out with a first batch, which is not learned from."""
+    processes. Compiling and memory are tried out with a batch of zeros, which changes no weight."""
     if run.compiling:
         run.say("compiling, about half a minute")
     while run.compiling or run.device.type == "cuda":
@@ -491,7 +495,7 @@ def train(run, signals):
             log_step(run, loss, grad_norm, bar, write=logging)
         bar.update(progress * bar.total - bar.n)
 
-        # evaluate, and save so that no more than the steps since then can be lost
+        # evaluate and save, so that at most the steps since the last save can be lost
         if args.keep == "log" and run.step & (run.step - 1) == 0:  # a power of two
             keep_weights(run)
         if evaluating:
@@ -520,7 +524,7 @@ def sync_progress(run, signals):
 
 def set_learning_rate(run, progress):
     """Set the learning rate of the next step to that of the schedule at its middle; for --max_minutes, at its start,
-    since nobody knows how long it will take."""
+    since nobody knows how long it will take; so the first step of such a run has a rate of 0."""
     if not run.args.max_minutes:
         progress = (run.step + 0.5) / run.max_steps
     lr = run.args.lr * lr_multiplier(progress, run.args)
@@ -546,7 +550,8 @@ def update_weights(run):
         run.scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip or math.inf)
     for optimizer in run.optimizers:
-        if not run.scaler.is_enabled() or grad_norm.isfinite():  # after an overflow in float16 neither steps
+        # after an overflow in float16, both optimizers skip the step
+        if not run.scaler.is_enabled() or grad_norm.isfinite():
             run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -556,11 +561,12 @@ def update_weights(run):
 def log_step(run, loss, grad_norm, bar, write):
     """Check the loss of a step, show it and, if `write`, log it. Reading the loss waits for a GPU.
 
-    A step that is only logged because the run was stopped is not written: an uninterrupted run has no such line."""
+    If the run is stopped at a step that would not have been logged, `write` is False: an uninterrupted run has no such
+    line in its log."""
     if run.processes > 1:
         dist.all_reduce(loss)
     train_loss = loss.item() / run.processes
-    # a gradient that is not finite has already corrupted the weights, even if this step's loss was still good
+    # without a scaler, a gradient that is not finite has corrupted the weights, even if this step's loss was still good
     gradient_is_fine = grad_norm.isfinite() or run.scaler.is_enabled()  # the scaler skips such steps
     if not math.isfinite(train_loss) or not gradient_is_fine:
         sys.exit(f"loss or gradient is not finite at step {run.step}; the last checkpoint stays: try a lower --lr than "
@@ -577,12 +583,12 @@ def log_step(run, loss, grad_norm, bar, write):
             values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
         run.log(**values)
     bar.set_postfix_str(f", loss {train_loss:.3f}, {run.speed:,.0f} tok/s", refresh=False)
-    if bar.disable and run.step - run.first_step == 2 * run.args.log_interval:  # once, where no bar is seen
+    if bar.disable and run.step - run.first_step == 2 * run.args.log_interval:  # once, where no bar is shown
         run.say(f"step {run.step:,}: train loss {train_loss:.3f}, {time_left(run)}")
 
 
 def time_left(run):
-    """The speed, and the minutes that the rest of the run will take if it stays like that."""
+    """The speed, and the minutes that the rest of the run will take at this speed."""
     minutes = run.clock.seconds() * (1 / max(1e-9, run.progress()) - 1) / 60
     return f"{run.speed:,.0f} tokens/s, about {minutes:.1f} minutes left"
 
@@ -604,7 +610,7 @@ def evaluate_and_save(run):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# after the last step. The run is saved by now, so an interruption costs only the scoring, which --resume repeats.
+# after the last step. The run is saved by now, so an interruption loses only the scores, which --resume computes again.
 
 
 def is_summarized(run):
@@ -635,7 +641,7 @@ def finish(run):
 
 
 def summarize(run):
-    """What the last lines say besides the scores."""
+    """The rest of the summary, besides the scores."""
     floor = run.data.metas[run.data.first]["val"].get("bits_per_byte")
     summary = {}
     if floor and len(run.data.mix) == 1:

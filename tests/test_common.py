@@ -107,7 +107,7 @@ def test_a_gpu_without_bfloat16_takes_float16_and_warns_of_the_other(monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert pick_device("cuda") == (torch.device("cuda"), torch.float16) and not capsys.readouterr().err
     assert pick_device("cuda", "bfloat16")[1] == torch.bfloat16
-    assert "this GPU has no instructions for bfloat16" in capsys.readouterr().err
+    assert "this cuda device has no instructions for bfloat16" in capsys.readouterr().err
 
 
 def test_a_share_of_a_peak_is_only_given_for_the_card_it_belongs_to(monkeypatch):
