@@ -477,11 +477,11 @@ def compare_neurons(model, control, stories):
 
 
 def skill_probes(dataset):
-    """(source, probes with one right and one wrong word, exclusions): from a dataset's marked words, if it has any."""
+    """(source, probes with one right and one wrong word, exclusions): from a dataset's spans, if it has any."""
     probes, by_kind = read_spans(dataset, 40), read_spans(dataset, 60, by="kind")
-    source = "marked words of validation stories"
+    source = "spans of validation stories"
     if not probes:
-        source = "data/probes.json, since these stories have no marked words"
+        source = "data/probes.json, since these stories have no spans"
         with open(os.path.join(HERE, "data", "probes.json"), encoding="utf-8") as file:
             by_kind = json.load(file)
         for skill in SKILLS:

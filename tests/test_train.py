@@ -564,3 +564,21 @@ def test_the_loop_waits_for_a_gpu_only_where_it_logs(in_prepared, monkeypatch):
     monkeypatch.setattr(train, "finish", lambda run: None)
     once = reads_of(100)  # the last step is always logged
     assert reads_of(4) == 3 * once and 1 <= once <= 5
+
+
+def test_saving_is_left_out_of_the_speed(in_prepared, monkeypatch):
+    """A slow disk says nothing about the speed of training: evaluations after 2, 4 and 6 steps, weights after 1, 2, 4, 8."""
+    finished = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda checkpoint, path: time.sleep(0.05))
+    monkeypatch.setattr(train, "finish", finished.append)
+    run("saved", "--max_steps=8", "--evals=4", "--keep=log")
+    assert finished[0].clock.paused_seconds >= 7 * 0.05
+
+
+def test_orthogonalizing_in_float16_is_safe():
+    """On a GPU without bfloat16. Gradients may be of any size."""
+    matrices = torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(0))
+    expected = model_file.orthogonalize(matrices, torch.float32)
+    for scale in (1e-6, 1, 1e6):
+        result = model_file.orthogonalize(scale * matrices, torch.float16).float()
+        assert ((result - expected).norm() / expected.norm()) < 0.01
