@@ -134,6 +134,22 @@ def atomic_write(path, mode="w"):
         raise
 
 
+def lock(path):
+    """Lock a file for this process, or exit. The system unlocks it when the process ends, even if it is killed, or when
+    the returned file is closed."""
+    file = open(path, "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"another process is writing to {os.path.dirname(path)}: wait until it ends, or choose another folder")
+    return file
+
+
 def file_hash(path):
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
@@ -142,7 +158,7 @@ def file_hash(path):
 
 def print_table(rows):
     """Print rows of text, the first column left-aligned and the others right-aligned. A row of one cell is a title."""
-    widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))]
+    widths = [max(len(row[i]) for row in rows if len(row) > 1) for i in range(len(rows[0]))]
     for name, *cells in rows:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
@@ -266,13 +282,14 @@ def start_processes(device, dtype):
 
 
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals(message=""):
     """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. The next signal ends it.
 
     A training loop looks at the list between steps, when it is safe to save."""
     received = []
 
     def receive(number, frame):
+        os.write(2, message.encode())  # to stderr; print() may be interrupted by itself here
         received.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)

@@ -347,6 +347,11 @@ def heuristics(probe, counts):
     return {name: row[:n_right].count(max(row)) / row.count(max(row)) for name, row in scores.items()}
 
 
+def skill_rank(skill):
+    """The place of a skill in SKILLS, from the easiest to the hardest; a probe's skill may also be none of them."""
+    return SKILLS.index(skill) if skill in SKILLS else len(SKILLS)
+
+
 def grade_probes(subject, probes, measured):
     """{figure: value}: the share of probes that the model passes, by skill and kind, and the share that each heuristic
     passes. `measured` says which probes these are; {} if there are none."""
@@ -357,7 +362,7 @@ def grade_probes(subject, probes, measured):
     passed = passes(subject.model, subject.encoding, probes)
     by_heuristic = [heuristics(probe, counts) for probe in probes]
     figures = {}
-    for skill in dict.fromkeys(probe["skill"] for probe in probes):
+    for skill in sorted({probe["skill"] for probe in probes}, key=skill_rank):
         members = [i for i, probe in enumerate(probes) if probe["skill"] == skill]
         figures[skill] = interval(passed[members])
         for name in by_heuristic[0]:
@@ -406,7 +411,17 @@ def load_subject(name, device, dataset="", context=0, tokenizer=""):
     about = {"step": checkpoint["step"], "checkpoint": file_hash(path), "settings": experiment_of(checkpoint, context)}
     before = instruction({}) if checkpoint.get("instruct") else ""
     datasets = [dataset] if dataset else checkpoint["datasets"]
+    if not dataset:
+        refuse_changed(name, checkpoint)
     return Subject(model, encoding, checkpoint["tokenizer"], datasets, before, kept, about, prefix)
+
+
+def refuse_changed(run, checkpoint):
+    """End the program if the stories that a run was trained on have been prepared anew with another tokenizer."""
+    for dataset in checkpoint["datasets"]:
+        if load_meta(dataset)["tokenizer"]["sha256"] != checkpoint["tokenizer"]:
+            sys.exit(f"data/{dataset} is not what {run} was trained on: prepare it as it was, or give "
+                     f"--dataset={dataset} to grade the run on other stories")
 
 
 def load_hf_subject(name, device, dataset, tokenizer):
@@ -524,7 +539,8 @@ def command_line():
     parser.option("probes", os.path.join(HERE, "data", "probes.json"), "prompts with right and wrong continuations")
     parser.option("spans", 100, "how many spans of each kind, where stories have them", low=1)
     parser.option("tokenizer", "", "for an hf: model without a tokenizer: the name of another one that has it")
-    parser.option("context", 0, "grade with another context than in training; writes context<n>.eval.json", low=0)
+    parser.option("context", 0, "grade with another context; writes context<n>.eval.json (default: as in training)",
+                  low=0)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     parser.option("dtype", "float32", "precision of the loss; bfloat16 is faster for large models, and nearly equal",
                   choices=("float32", "bfloat16", "float16"))
@@ -553,6 +569,7 @@ def main(argv=None):
                 print_section(f"{name}: {title}", figures)
             graded.append(subject.path("eval.json").removesuffix(os.sep + "eval.json"))
     if graded:
+        print("in brackets: 95 % intervals. Accuracies are shares passed: spans and probes differ in difficulty")
         print(f"side by side, and with charts: python -m lab.compare {' '.join(dict.fromkeys(graded))}")
 
 

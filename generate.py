@@ -27,7 +27,7 @@ from itertools import chain, islice
 
 from tqdm import tqdm
 
-from common import CommandLine, atomic_write, run_main, stop_signals
+from common import CommandLine, atomic_write, lock, run_main, stop_signals
 from prepare import fingerprint
 
 MAX_REQUESTS = 2  # per story: if the answer is rejected, ask once more, then give up
@@ -368,21 +368,6 @@ def open_to_append(path):
     return open(path, "a", encoding="utf-8")
 
 
-def lock(path):
-    """Lock a file for this process, or exit. The system unlocks it when the process ends, even if it is killed."""
-    file = open(path, "a")
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        sys.exit(f"another run is writing {os.path.dirname(path)}: wait until it ends, or choose another --name")
-    return file
-
-
 # -----------------------------------------------------------------------------------------------------------------
 # the corpus, and the command line
 
@@ -500,8 +485,11 @@ def dry_run(args, word_lists):
         print(f"coverage: {args.n:,} of {triples:,} triples of words, one in {triples / args.n:,.0f}")
     tokens_in = args.n * sum(map(len, prompts)) // len(prompts) // 4  # a token is about four characters
     tokens_out = args.n * ANSWER_TOKENS
-    print(f"about {tokens_in:,} tokens in, {tokens_out:,} out: ${dollars(args, tokens_in, tokens_out):,.2f} "
-          f"at --price_in={args.price_in:g} and --price_out={args.price_out:g} dollars per million")
+    if args.price_in + args.price_out == 0:
+        cost = "give --price_in and --price_out, in dollars per million tokens, to see the cost"
+    else:
+        cost = f"${dollars(args, tokens_in, tokens_out):,.2f}"
+    print(f"about {tokens_in:,} tokens in, {tokens_out:,} out: {cost}")
 
 
 def main(argv=None):

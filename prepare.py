@@ -285,12 +285,23 @@ def plan_dataset(files, args):
         plan.append((chunk, decisions))
         if file_split == "train" and stories["train"] == args.max_stories:
             break  # only train files are left
-    for split in stories:
-        if not stories[split]:
-            removed = "".join(f"; {count:,} {what}" for what, count in cleaning.items())
-            sys.exit(f"no story for {split} in {', '.join(path for path, _ in files)}{removed}: add stories, change "
-                     "--val_fraction, or try --clean=False")
+    refuse_empty_split(stories, files, cleaning)
     return plan, cleaning
+
+
+def refuse_empty_split(stories, files, cleaning):
+    """End the program if there is no story for train or for val, and say what would help."""
+    total, paths = sum(stories.values()), ", ".join(path for path, _ in files)
+    removed = "".join(f"; {count:,} {what}" for what, count in cleaning.items())
+    if not total:
+        sys.exit(f"no story in {paths}{removed}: add stories, or try --clean=False")
+    if total == 1:
+        sys.exit(f"only one story in {paths}{removed}: put a line {EOT} between stories, or add some")
+    if not stories["val"]:
+        sys.exit(f"no story for val among the {total:,} of {paths}{removed}: add stories, or "
+                 f"--val_fraction={min(0.5, 10 / total):.2g}")
+    if not stories["train"]:
+        sys.exit(f"no story for train among the {total:,} of {paths}{removed}: add stories, or lower --val_fraction")
 
 
 def planned_records(chunk, decisions, args):
@@ -628,7 +639,8 @@ def load_tokens(dataset, name):
 
 def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
-    parser.option("dataset", "world", "folder under data/ to write to; without --input, its stories are read")
+    parser.option("dataset", "world", "name of the folder under data/ to write to; without --input, its stories are "
+                  "read")
     parser.option("input", "", f"file or folder to read: JSON lines with a `story`, or text split by {EOT}")
     parser.option("version", None, "download TinyStories: 2, by GPT-4 alone, or 1, the paper's (default: 2 for "
                   "--dataset=tinystories)", type=int, choices=(1, 2))
@@ -646,6 +658,8 @@ def main(argv=None):
 
     if not re.fullmatch(r"[^/\\]+", args.dataset):
         sys.exit(f"--dataset={args.dataset} must name a folder under data/: name files elsewhere with --input")
+    if args.input and args.dataset == "world":
+        sys.exit("--input needs a name for its stories: add --dataset=NAME (world is the built-in world's)")
     if args.version and args.input:
         sys.exit("--version downloads TinyStories and --input reads other files: leave one of them out")
     if args.dataset == "tinystories" and not args.input and not args.version:

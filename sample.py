@@ -248,20 +248,19 @@ def chat(model, encoding, instructions, settings, parser):
 
 def change_setting(text, settings, parser):
     """Change one of the settings from "name=value", or show them all if the text is empty."""
-    name, _, value = text.partition("=")
+    name, _, value = text.replace(" ", "=", 1).partition("=")
     if not name:
         print("  ".join(f"/{key}={current}" for key, current in settings.items()))
         return
     try:
         value = type(settings[name])(value)  # int or float, as the setting is now
     except (KeyError, ValueError):
-        print(f"/{text} is not a setting: choose from {', '.join(settings)}")
+        print(f"/{text} is not a setting: type /temperature=0.5, for example, or another of {', '.join(settings)}")
         return
     problem = parser.problem(name, value)
-    if problem:
-        print(problem)
-    else:
+    if not problem:
         settings[name] = value
+    print(problem.removeprefix("--") or f"{name} is {value}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -270,14 +269,15 @@ def change_setting(text, settings, parser):
 
 def command_line():
     parser = CommandLine(__doc__.split("\n")[0])
-    parser.option("out_dir", "", "the run's folder, or a checkpoint in it (default: the newest under out/)")
+    parser.add_argument("run", nargs="?", default="", help="its folder, or a checkpoint in it (default: the newest)")
+    parser.option("out_dir", "", "another way to name the run, as with train.py")
     parser.option("prompt", "", "how the stories begin")
     parser.option("prompt_file", "", "a file with the beginning")
     parser.option("num_samples", 1, "number of stories, written as one batch", low=1)
     parser.option("max_tokens", 500, "length limit of a story", low=1)
     parser.option("temperature", 0.8, "0 always takes the likeliest token, 1 draws by the model's probabilities", low=0)
     parser.option("top_k", 0, "draw from the k likeliest tokens only; 0 means all", low=0)
-    parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability", low=1e-9,
+    parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability", low=0.01,
                   high=1)
     parser.option("min_p", 0.0, "draw from tokens of at least this share of the highest probability", low=0, high=1)
     parser.option("words", "", "words to use, for a model trained on instructions")
@@ -300,8 +300,10 @@ def read_prompt(args):
     try:
         with open(args.prompt_file, encoding="utf-8") as file:
             return file.read().rstrip()
-    except (OSError, UnicodeError) as error:
-        sys.exit(f"cannot read --prompt_file={args.prompt_file}: {error}")
+    except OSError as error:
+        sys.exit(f"cannot read --prompt_file={args.prompt_file}: {error.strerror}")
+    except UnicodeError:
+        sys.exit(f"--prompt_file={args.prompt_file} is not UTF-8: save the file as UTF-8")
 
 
 def read_instructions(args, checkpoint):
@@ -321,7 +323,7 @@ def main(argv=None):
     if args.interactive and (prompt or args.num_samples > 1):
         sys.exit("--interactive asks for each beginning: leave out --prompt, --prompt_file and --num_samples")
     device, dtype = pick_device(args.device, args.dtype)
-    model, checkpoint, encoding = load_run(args.out_dir or newest_run(), device)
+    model, checkpoint, encoding = load_run(args.run or args.out_dir or newest_run(), device)
     model = model.to(dtype)
     instructions = read_instructions(args, checkpoint)
     settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "max_tokens")}

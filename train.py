@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Clock, CommandLine, check_resumable, keep_freed_memory, load_checkpoint, peak_flops, peak_memory,
-                    run_main, save_checkpoint, start_processes, stop_signals, trim_log)
+from common import (Clock, CommandLine, check_resumable, keep_freed_memory, load_checkpoint, lock, peak_flops,
+                    peak_memory, run_main, save_checkpoint, start_processes, stop_signals, trim_log)
 from eval import evaluate_mix, skill_accuracy
 from model import GPT, POSITIONS, SIZES, GPTConfig, lr_multiplier, make_optimizers
 from prepare import load_meta, load_tokenizer, load_tokens
@@ -46,7 +46,8 @@ def command_line():
     parser.option("dataset", "world", "folder under data/, or a mix: name:weight,name:weight")
     parser.option("out_dir", "", "the run's folder (default: out/<dataset>-<layers>x<width>)")
     # the shape of the model
-    parser.option("size", "", "a shape of the paper", choices=("", *SIZES))
+    shapes = ", ".join(f"{name} {layers}x{width}" for name, (layers, width, _) in SIZES.items())
+    parser.option("size", "", f"a shape of the paper: {shapes}", choices=tuple(SIZES))
     parser.option("n_layer", None, "layers (default: as --size says, else 4)", type=int, low=1)
     parser.option("n_embd", None, "width (default: as --size says, else 128)", type=int, low=1)
     parser.option("n_head", None, "attention heads (default: as --size says, else heads of 64 channels or more)",
@@ -71,17 +72,19 @@ def command_line():
     parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation (default: "
                   "32; on a GPU what half of its memory holds, at most 128)", type=int, low=1)
     # how long; one of these at most
-    parser.option("max_steps", 0, "length of the run in steps", low=0)
+    parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
-    parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them", low=0)
-    parser.option("max_minutes", 0.0, "length of the run in minutes; compiling and the first step do not count", low=0)
+    parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them (default: not limited by them)",
+                  low=0)
+    parser.option("max_minutes", 0.0, "length of the run in minutes; compiling and the first step do not count (default: not "
+                  "limited by them)", low=0)
     # what happens along the way
     parser.option("evals", 10, "evaluations, evenly spaced, with a sample and a checkpoint; the last at the end", low=0)
     parser.option("eval_stories", 500, "stories scored by all evaluations but the last; 0 means all", low=0)
     parser.option("log_interval", 10, "steps between two lines of the log", low=1)
-    parser.option("keep", "", "log: also keep the weights after 1, 2, 4, 8, … steps", choices=("", "log"))
+    parser.option("keep", "", "log: also keep the weights after 1, 2, 4, 8, … steps", choices=("log",))
     # where it starts, and on what machine
-    parser.option("init_from", "", "start from the weights of another run")
+    parser.option("init_from", "", "start from the weights of another run: its folder, or a checkpoint in it")
     parser.option("resume", False, "continue this run")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     parser.option("dtype", "auto", "precision of the matrix products",
@@ -174,7 +177,7 @@ class TrainData:
                 # the tokenizer of the larger dataset suits both better
                 smaller, larger = sorted((name, self.first), key=lambda each: self.metas[each]["train"]["bytes"])
                 sys.exit(f"{self.first} and {name} have different tokenizers: run python prepare.py "
-                         f"--dataset={smaller} --tokenizer={larger}")
+                         f"--dataset={smaller} --tokenizer={larger}, with its --input and other options as before")
             if len(tokens) <= args.block_size:
                 sys.exit(f"{name} has {len(tokens)} train tokens, fewer than a row: lower --block_size or add stories")
             self.tokens.append(tokens)
@@ -208,6 +211,7 @@ class Run:
         name = f"{'+'.join(self.data.mix)}-{args.n_layer}x{args.n_embd}"
         self.out_dir = args.out_dir or os.path.join("out", name)
         self.log_path = os.path.join(self.out_dir, "log.jsonl")
+        self.lock = None
         checkpoint = read_own_checkpoint(self)  # None if the run is new
 
         # the model, and what it learns with
@@ -304,9 +308,12 @@ def plan_batch(run, max_rows):
 def read_own_checkpoint(run):
     """The checkpoint that --resume continues, checked against options and data; None for a new run."""
     args, path = run.args, os.path.join(run.out_dir, "ckpt.pt")
+    if os.path.isdir(run.out_dir):
+        lock_folder(run)
     if not args.resume:
         if os.path.exists(path):
-            sys.exit(f"{run.out_dir} holds a run: add --resume to continue it, or name another with --out_dir=out/NAME")
+            sys.exit(f"{run.out_dir} holds a run: add --resume to continue it (and a larger --max_tokens, if it is "
+                     "finished), or name another with --out_dir=out/NAME")
         return None
     if not os.path.exists(path):
         sys.exit(f"there is no run in {run.out_dir} to continue: leave --resume out, or name a run with --out_dir")
@@ -319,6 +326,12 @@ def read_own_checkpoint(run):
         sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
                  "run with another --out_dir")
     return checkpoint
+
+
+def lock_folder(run):
+    """Keep other processes of train.py out of the run's folder."""
+    if run.rank == 0 and not run.lock:
+        run.lock = lock(os.path.join(run.out_dir, "train.lock"))
 
 
 def restore(run, checkpoint):
@@ -390,6 +403,7 @@ def open_run_folder(run):
     """Create the run's folder, copy the tokenizer into it, and start the log, or trim it for a resumed run."""
     if run.rank == 0:
         os.makedirs(run.out_dir, exist_ok=True)
+        lock_folder(run)
         shutil.copy(os.path.join("data", run.data.first, "tokenizer.tiktoken"), run.out_dir)
         trim_log(run.log_path, run.step)
 
@@ -633,7 +647,7 @@ def finish(run):
     seeds = range(run.args.seed, run.args.seed + 3)
     for i, ids in enumerate(write_stories(run.model, encoding, "", 500, seeds, temperature=0.8), 1):
         print(f"\nStory {i}:\n{encoding.decode(ids)}")
-    print()
+    print(f"\nmore stories: python sample.py {run.out_dir}; what it has learned: python eval.py {run.out_dir}\n")
     for name, value in {**result, **summarize(run)}.items():
         text = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name + ': ':20}{text}")
@@ -662,7 +676,7 @@ def main(argv=None):
     if run.progress() < 1:
         if run.device.type == "cpu":
             keep_freed_memory()
-        with stop_signals() as signals:  # around compiling too, in which torch can swallow a KeyboardInterrupt
+        with stop_signals("stopping after this step; a second Ctrl-C ends it at once\n") as signals:  # around compiling too, in which torch can swallow a KeyboardInterrupt
             open_run_folder(run)
             describe(run)
             prepare_forward(run)
@@ -672,8 +686,8 @@ def main(argv=None):
                 sys.exit(f"out of memory at step {run.step:,}; the last checkpoint stays: run the same command again "
                          f"with --resume --batch_size={max(1, run.micro_batch // 2)}")
     elif is_summarized(run):
-        run.say(f"{run.out_dir} is finished (step {run.step:,}): give a longer run to continue it, or grade it with "
-                f"python eval.py {run.out_dir}")
+        run.say(f"{run.out_dir} is finished (step {run.step:,}): to continue it, give a longer run, such as "
+                f"--max_tokens={2 * run.step * run.step_tokens}; to grade it, python eval.py {run.out_dir}")
         return
     if run.processes > 1:
         dist.destroy_process_group()

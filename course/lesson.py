@@ -69,8 +69,8 @@ def prepare(dataset, **options):
 
 
 def write_world(name, **options):
-    """Write stories of the built-in world to data/NAME, unless that dataset is prepared already."""
-    if not os.path.exists(f"data/{name}/meta.json"):
+    """Write stories of the built-in world to data/NAME, unless they are there already."""
+    if not os.path.exists(f"data/{name}/stories.jsonl"):
         run("lab.world", name=name, **options)
 
 

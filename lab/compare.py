@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from html import escape
 
-from common import CommandLine, atomic_write, newest_run, print_table, run_main
+from common import CommandLine, atomic_write, existing_runs, newest_run, print_table, run_main
 from eval import format_figure
 from prepare import SKILLS
 
@@ -21,6 +21,8 @@ def read_run(run):
     """(content of eval.json, records of log.jsonl with a validation loss) of a run's folder or an eval.json file."""
     path = run if run.endswith(".json") else os.path.join(run, "eval.json")
     folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        sys.exit(f"no run {run}: choose from {', '.join(existing_runs()) or 'those that python train.py makes'}")
     try:
         with open(path, encoding="utf-8") as file:
             results = json.load(file)
@@ -42,10 +44,11 @@ def figure_rows(results):
     titles = dict.fromkeys(title for result in results.values() for title in result)
     titles.pop("steps", None)  # curves, which only the page can show
     for title in titles:
-        rows.append([title])
         sections = [result.get(title, {}) for result in results.values()]
+        measured = {section.get("measured with") for section in sections if section}
+        rows.append([f"{title} ({measured.pop()})" if len(measured) == 1 and None not in measured else title])
         for name in dict.fromkeys(name for section in sections for name in section):
-            if name not in ("checkpoint", "settings"):  # long texts that only programs need
+            if name not in ("checkpoint", "settings", "measured with"):  # long texts
                 rows.append([f"  {name}", *(format_figure(name, section.get(name)) for section in sections)])
     return rows
 

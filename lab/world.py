@@ -1,4 +1,4 @@
-"""Write stories of a small simulated world, in which the right answers are known, to data/world/stories.jsonl.
+"""Write stories of a small simulated world, in which the right answers are known, to data/<name>/stories.jsonl.
 
 A story is told from a state: who there is, who owns what, and where things are. Words that follow from the state are
 marked as spans, each with a tempting wrong answer. The vocabulary and the plots are in data/words.json. Here is one of
@@ -618,7 +618,7 @@ def ensure_prepared():
 
 def main(argv=None):
     parser = CommandLine(__doc__.splitlines()[0])
-    parser.option("n", 100000, "number of stories", low=1)
+    parser.option("n", 50_000, "number of stories", low=1)
     parser.option("seed", 1, "story i depends on the seed and on i alone", low=0)
     parser.option("kind", "world", "world: stories; lego: chains of variables to resolve", choices=["world", "lego"])
     parser.option("name", "", "folder under data/; by default the kind")
@@ -632,6 +632,8 @@ def main(argv=None):
         parser.error(f"--min_vars={args.min_vars} is more than --max_vars={args.max_vars}: raise --max_vars")
     options = ("min_vars", "max_vars", "in_order") if args.kind == "lego" else ("facts", "reasoning")
     name, started = args.name or args.kind, time.time()
+    if os.path.exists(os.path.join("data", name, "stories.jsonl")):
+        sys.exit(f"data/{name}/stories.jsonl exists: choose another name with --name, or delete it first")
     path, total = write(args.n, args.seed, name, args.kind, **{option: getattr(args, option) for option in options})
     print(f"{path}: {total['stories']:,} stories ({total['val']:,} for val), {total['bytes'] / 1e6:.1f} MB of text, "
           f"{total['words'] / args.n:.0f} words a story, {args.n / (time.time() - started):,.0f} stories/s")

@@ -118,7 +118,7 @@ def test_a_share_of_a_peak_is_only_given_for_the_card_it_belongs_to(monkeypatch)
         assert common.peak_flops(device, torch.bfloat16) == peak and common.peak_flops(device, torch.float32) is None
 
 
-def test_bad_checkpoints_end_in_one_line(tmp_path):
+def test_bad_checkpoints_end_in_one_line(tmp_path, workplace):
     with pytest.raises(SystemExit, match="run python train.py"):
         load_checkpoint(str(tmp_path))
     model = make_model()

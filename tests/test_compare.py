@@ -70,7 +70,7 @@ def test_a_file_of_results_stands_for_a_run(workplace, capsys):
 
 
 @pytest.mark.parametrize("runs, expected", [
-    (["out/none"], "cannot read out/none/eval.json: run python eval.py out/none"),
+    (["out/none"], "no run out/none: choose from "),
     (["out/a/context2.eval.json"], "run python eval.py out/a"),
     (["out/a"], "cannot read out/a/eval.json: run python eval.py out/a"),
     (["out/a/interpret.json"], "was not written by eval.py"),

@@ -305,7 +305,7 @@ def test_what_is_printed_says_which_run_and_what_was_measured(run, in_prepared, 
     titles = [line for line in lines if not line.startswith(" ")]
     assert titles[0] == f"{run}: loss on tiny (all {load_meta('tiny')['val']['stories']} validation stories, float32)"
     assert titles[1] == f"{run}: spans of tiny (the first 7 of each kind in validation stories)"
-    assert titles[2].endswith(f"python -m lab.compare {run}") and len(titles) == 3
+    assert titles[-1].endswith(f"python -m lab.compare {run}") and len(titles) == 4
     eval.main([run, "--device=cpu", "--only=loss", "--context=8"])
     assert capsys.readouterr().out.endswith(f"python -m lab.compare {os.path.join(run, 'context8.eval.json')}\n")
 
@@ -386,3 +386,11 @@ def test_shapes_on_a_gpu_are_few():
     lengths = {eval.padded_length(n, 256, torch.device("cuda")) for n in range(1, 257)}
     assert lengths == {64, 128, 192, 256} and eval.padded_length(7, 32, torch.device("cuda")) == 32
     assert eval.padded_length(7, 256, torch.device("cpu")) == 7
+
+
+def test_stories_that_were_prepared_anew_are_not_graded_as_the_runs_own(run, in_prepared, monkeypatch):
+    """Somebody who has prepared other stories under the same name would get figures that mean nothing."""
+    real = eval.load_meta
+    monkeypatch.setattr(eval, "load_meta", lambda name: {**real(name), "tokenizer": {"sha256": "another"}})
+    with pytest.raises(SystemExit, match="data/tiny is not what .* was trained on"):
+        eval.main([run, "--device=cpu", "--only=loss"])

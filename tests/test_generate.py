@@ -473,8 +473,12 @@ def test_a_setting_that_brought_nothing_yet_may_be_mended():
 def test_two_runs_on_one_corpus_are_refused():
     with Server() as server:
         run(server, "--n=2")
-        with generate.lock("data/tales/generate.lock"):
-            assert "another run is writing data/tales" in refused(server, "--n=3")
+        other = subprocess.Popen([sys.executable, "-c", "import common\nfile = common.lock('data/tales/generate.lock')\n"
+                                  "print('locked', flush=True)\ninput()"], text=True, stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+        assert other.stdout.readline() == "locked\n"
+        assert "another process is writing to data/tales" in refused(server, "--n=3")
+        other.communicate("\n")
         run(server, "--n=3")
 
 

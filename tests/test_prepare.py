@@ -416,9 +416,10 @@ def test_a_tokenizer_can_be_shared(workplace):
     ("s.jsonl", b'{"text": "Hi."}\n', "s.jsonl line 1 is not a JSON object"),
     ("s.jsonl", b'["story"]\n', "s.jsonl line 1 is not a JSON object"),
     ("s.jsonl", b'{"story": "\\ud83d"}\n', "s.jsonl line 1 is not a JSON object"),
-    ("s.txt", b"", "no story for train"),
+    ("s.txt", b"", "no story in "),
     ("s.md", b"Once.", "no .txt or .jsonl file"),
-    ("s-train.txt", b"Once upon a time. " * 9, "no story for val"),
+    ("s-train.txt", b"Once upon a time. " * 9, "only one story in "),
+    ("s-train.txt", b"Once upon a time. " * 9 + b"<|endoftext|>" + b"One fine day. " * 9, "--val_fraction="),
 ])
 def test_bad_input_ends_in_one_line(workplace, file, content, expected, capsys):
     (workplace / file).write_bytes(content)
@@ -693,3 +694,8 @@ def test_a_folder_with_both_versions_of_tinystories_is_no_input(tinystories, wor
     line = error_of(prepare.main, ["--dataset=both", f"--input={workplace / 'served'}"], capsys)
     assert "mix versions 1 and 2" in line and "--dataset=tinystories-v1" in line
     assert not os.path.exists("data/both")
+
+
+def test_own_stories_do_not_replace_the_world(workplace, capsys):
+    write_jsonl(workplace / "mine.jsonl", make_stories(20))
+    assert "add --dataset=NAME" in error_of(prepare.main, ["--input=mine.jsonl"], capsys)

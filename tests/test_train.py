@@ -204,7 +204,7 @@ def test_a_signal_saves_and_a_shell_loop_ends_with_ctrl_c(in_prepared, number):
     wait_for(f"{out}/log.jsonl", process)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == (-number if number == signal.SIGINT else 0) and stderr == ""
+    assert process.returncode == (-number if number == signal.SIGINT else 0) and "stopping" in stderr
     assert f"saved in {out}: the same command with --resume" in stdout
     assert load_checkpoint(out)["step"] >= 1
 
@@ -582,3 +582,14 @@ def test_orthogonalizing_in_float16_is_safe():
     for scale in (1e-6, 1, 1e6):
         result = model_file.orthogonalize(scale * matrices, torch.float16).float()
         assert ((result - expected).norm() / expected.norm()) < 0.01
+
+
+def test_two_processes_do_not_train_in_one_folder(in_prepared, capsys):
+    first = start("--out_dir=out/shared", "--max_minutes=5", "--evals=1000")
+    wait_for("out/shared/ckpt.pt", first)
+    for options in ([], ["--resume"]):
+        line = error_of(train.main, [*TINY, "--out_dir=out/shared", "--max_minutes=5", "--evals=1000", *options], capsys)
+        assert "another process is writing to out" in line
+    first.kill()
+    first.communicate()
+    assert "holds a run" in error_of(train.main, [*TINY, "--out_dir=out/shared", "--max_minutes=5"], capsys)

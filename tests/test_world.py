@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from conftest import error_of
 from generate import FEATURES
 from lab import world
 from prepare import fingerprint
@@ -493,3 +494,8 @@ def test_every_step_and_every_sentence_is_known():
         own_lines = set(world.WORDS["plots"][plot["group"]][name]["lines"])
         assert own_lines - said - {"bad-moral"} == {"bad", "twist", "moral"}, name
         assert said <= set(plot["lines"]), name
+
+
+def test_stories_that_exist_are_not_replaced(workplace, capsys):
+    world.main(["--n=3", "--name=w"])
+    assert "exists: choose another name" in error_of(world.main, ["--n=5", "--name=w"], capsys)
