@@ -27,6 +27,7 @@ class GPTConfig:
     n_embd: int = 128
     pos: str = "rope"  # how positions are encoded: one of POSITIONS
     smear: bool = True  # add a learned multiple of the previous token's embedding to each token's own
+    qk_gain: float = 0.0  # the largest logit of attention at the start, learned by each head; 0: sqrt(head size), fixed
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -96,6 +97,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        if config.qk_gain:
+            self.gain = nn.Parameter(torch.empty(config.n_head))
 
     def forward(self, x, rope, mask, kv_cache, positions):
         B, T, C = x.shape
@@ -105,6 +108,9 @@ class Attention(nn.Module):
             q, k, v = self.q(x), self.k(x), self.v(x)
         q, k, v = (part.view(B, T, self.n_head, -1) for part in (q, k, v))  # (B, T, H, D) each
         q, k = norm(q), norm(k)  # QK-norm: attention's logits stay bounded at high learning rates
+        if hasattr(self, "gain"):
+            # else no logit could exceed sqrt(D), and a head of 16 channels could hardly choose one key among 256
+            q = q * self.gain[:, None].to(q.dtype)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
@@ -182,6 +188,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)  # every block starts as the identity, and all tokens are equally likely
             elif name == "smear":
                 nn.init.constant_(p, 0.5)
+            elif name.endswith("attn.gain"):
+                nn.init.constant_(p, self.config.qk_gain * (self.config.n_embd // self.config.n_head) ** -0.5)
             elif "embed" in name:
                 nn.init.normal_(p, std=embed_std)
             else:

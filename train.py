@@ -17,6 +17,7 @@ memory: the gradients of the micro steps add up to those of the whole batch (gra
 """
 import contextlib
 import functools
+import inspect
 import json
 import math
 import os
@@ -55,6 +56,8 @@ def command_line():
     parser.option("block_size", 256, "context in tokens", low=2)
     parser.option("pos", "rope", "how positions are encoded", choices=POSITIONS)
     parser.option("smear", True, "add a learned multiple of the previous embedding; False: the plain transformer")
+    parser.option("qk_gain", 8.0, "largest logit of attention at the start, which each head then learns; 0: the square "
+                  "root of the head size, fixed", low=0)
     parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps apart tokens that are used alike, "
                   "such as + and -", low=0.001)
     # how it learns
@@ -217,7 +220,7 @@ class Run:
         # the model, and what it learns with
         torch.manual_seed(args.seed)  # the same initial weights in every process
         self.config = GPTConfig(self.data.metas[self.data.first]["vocab_size"], args.block_size, args.n_layer,
-                                args.n_head, args.n_embd, args.pos, args.smear)
+                                args.n_head, args.n_embd, args.pos, args.smear, args.qk_gain)
         self.model = GPT(self.config, args.embed_std).to(self.device)
         self.flops_per_token = self.model.flops_per_token()
         self.forward = self.model  # prepare_forward() wraps it; the weights are the same
@@ -227,6 +230,7 @@ class Run:
         # how far it has come, and how far it will go
         self.step, self.clock = 0, Clock(0.0)
         if checkpoint:
+            refuse_other_shape(self, checkpoint, self.out_dir)
             restore(self, checkpoint)
         elif args.init_from:
             load_initial_weights(self)
@@ -347,13 +351,20 @@ def restore(run, checkpoint):
 
 def load_initial_weights(run):
     """Start from the weights of --init_from, a run of the same shape and tokenizer."""
-    old, new_config = load_checkpoint(run.args.init_from), asdict(run.config)
-    different = [f"{name}={value}" for name, value in old["model_config"].items() if new_config[name] != value]
+    old = load_checkpoint(run.args.init_from)
+    refuse_other_shape(run, old, run.args.init_from)
     if old["tokenizer"] != run.data.tokenizer:
-        different.append("tokenizer")
-    if different:
-        sys.exit(f"--init_from={run.args.init_from} does not fit this run: it has another {', '.join(different)}")
+        sys.exit(f"--init_from={run.args.init_from} does not fit this run: it has another tokenizer")
     run.model.load_state_dict(old["model"])
+
+
+def refuse_other_shape(run, checkpoint, name):
+    """End the program if a checkpoint's model is built in another way than this run's. Fields that GPTConfig got since
+    then count with the value that stands for how it was before: their default there."""
+    before, now = asdict(GPTConfig(**checkpoint["model_config"])), asdict(run.config)
+    different = [f"{field}={before[field]}" for field in now if before[field] != now[field]]
+    if different:
+        sys.exit(f"{name} does not fit this run: it has another {', '.join(different)}")
 
 
 def weights_of(run):
@@ -450,7 +461,10 @@ def prepare_forward(run):
         smallest = torch.tensor(run.micro_batch)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         run.micro_batch, run.micro_steps = plan_batch(run, smallest.item())
-        run.forward = DistributedDataParallel(run.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # the buffers are the same everywhere; how to say so depends on the version of torch
+        has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        no_sync = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
+        run.forward = DistributedDataParallel(run.forward, gradient_as_bucket_view=True, **no_sync)
 
 
 def try_batch(run):
@@ -690,6 +704,8 @@ def main(argv=None):
                 f"--max_tokens={2 * run.step * run.step_tokens}; to grade it, python eval.py {run.out_dir}")
         return
     if run.processes > 1:
+        dist.barrier()  # otherwise a process may be gone while another still needs it
+        run.forward = run.model  # DistributedDataParallel would keep the process group alive
         dist.destroy_process_group()
     if run.rank == 0 and run.progress() < 1:
         run.say(f"stopped at step {run.step:,} and saved in {run.out_dir}: the same command with --resume continues")

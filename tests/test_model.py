@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import model as model_file
-from model import GPT, SIZES, Cache, GPTConfig, alibi_slopes, apply_rope, one_product, rope_table
+from model import GPT, SIZES, Cache, GPTConfig, alibi_slopes, apply_rope, norm, one_product, rope_table
 
 POSITIONS = ("rope", "alibi", "learned", "none")
 
@@ -15,9 +15,10 @@ POSITIONS = ("rope", "alibi", "learned", "none")
 def make_model(seed=0, **settings):
     """A small model whose zero-initialized weights are random instead, so that every part has an effect."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**dict(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=32), **settings}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    shape = dict(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=32, qk_gain=8.0)
+    model = GPT(GPTConfig(**{**shape, **settings}))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if name.endswith("gain") else 0.0, std=0.2)
     return model.eval()
 
 
@@ -113,6 +114,15 @@ def test_activations_take_no_more_memory_than_they_did(monkeypatch, rows, block_
     assert sum(sizes.values()) / 1e9 == pytest.approx(gigabytes, rel=0.1)
 
 
+@pytest.mark.parametrize("n_head", [1, 2, 8])
+def test_the_gain_lets_heads_of_any_size_choose_equally_sharply(n_head):
+    """At the start, the largest logit is the same for all sizes: a query and a key that point the same way give 8."""
+    model = GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=1, n_head=n_head, n_embd=32, qk_gain=8.0))
+    head_size = 32 // n_head
+    q = norm(torch.randn(head_size)) * model.blocks[0].attn.gain[0]
+    assert (q @ norm(q) * head_size ** -0.5).item() == pytest.approx(8, rel=1e-3)
+
+
 def test_one_batch_can_be_overfitted():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=32))
@@ -161,7 +171,7 @@ def test_agrees_with_an_independent_implementation(pos, smear):
             for h in range(heads):
                 part = lambda j, which: qkv[j][which][h * size:(h + 1) * size]
                 place = turn if pos == "rope" else lambda v, position: v
-                q = place(rms(part(i, 0)), i)
+                q = place(w[f"blocks.{layer}.attn.gain"][h] * rms(part(i, 0)), i)
                 scores = np.array([q @ place(rms(part(j, 1)), j) / math.sqrt(size) for j in range(i + 1)])
                 if pos == "alibi":
                     scores -= 2.0 ** (-8 * (h + 1) / heads) * (i - np.arange(i + 1))

@@ -593,3 +593,13 @@ def test_two_processes_do_not_train_in_one_folder(in_prepared, capsys):
     first.kill()
     first.communicate()
     assert "holds a run" in error_of(train.main, [*TINY, "--out_dir=out/shared", "--max_minutes=5"], capsys)
+
+
+def test_a_run_from_before_an_option_of_the_model_says_how_to_resume_it(in_prepared, capsys):
+    """Its weights were trained without a gain, whatever the default is today."""
+    run("no-gain", "--max_steps=2", "--qk_gain=0")
+    checkpoint = load_checkpoint("out/no-gain")
+    del checkpoint["model_config"]["qk_gain"], checkpoint["args"]["qk_gain"]
+    torch.save(checkpoint, "out/no-gain/ckpt.pt")
+    for options in (["--out_dir=out/no-gain", "--resume"], ["--out_dir=out/with-gain", "--init_from=out/no-gain"]):
+        assert "another qk_gain=0.0" in error_of(train.main, [*TINY, *options, "--max_steps=4"], capsys)
