@@ -77,10 +77,10 @@ def command_line():
     # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
-    parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them (default: not limited by them)",
-                  low=0)
-    parser.option("max_minutes", 0.0, "length of the run in minutes; compiling and the first step do not count (default: not "
-                  "limited by them)", low=0)
+    parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them (default: not limited by "
+                  "them)", low=0)
+    parser.option("max_minutes", 0.0, "length of the run in minutes; compiling and the first step do not count "
+                  "(default: not limited by them)", low=0)
     # what happens along the way
     parser.option("evals", 10, "evaluations, evenly spaced, with a sample and a checkpoint; the last at the end", low=0)
     parser.option("eval_stories", 500, "stories scored by all evaluations but the last; 0 means all", low=0)
@@ -690,7 +690,8 @@ def main(argv=None):
     if run.progress() < 1:
         if run.device.type == "cpu":
             keep_freed_memory()
-        with stop_signals("stopping after this step; a second Ctrl-C ends it at once\n") as signals:  # around compiling too, in which torch can swallow a KeyboardInterrupt
+        # around compiling too, in which torch can swallow a KeyboardInterrupt
+        with stop_signals("stopping after this step; a second Ctrl-C ends it at once\n") as signals:
             open_run_folder(run)
             describe(run)
             prepare_forward(run)
