@@ -511,7 +511,7 @@ def test_a_vocabulary_that_uint16_cannot_hold_is_refused(workplace, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_ctrl_c_ends_in_one_line(workplace):
     """A terminal sends Ctrl-C to the workers too."""
-    write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(60_000))
     process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True, text=True,
                                stderr=subprocess.PIPE)
     while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
@@ -536,7 +536,7 @@ def test_a_killed_run_leaves_the_earlier_bins(workplace):
     write_jsonl(workplace / "data/x/s.jsonl", make_stories(60))
     prepare.main(["--dataset=x", "--val_fraction=0.2"])
     before = read_back("x", "train")
-    write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(60_000))
     process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True)
     while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
         time.sleep(0.01)
