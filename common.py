@@ -43,7 +43,7 @@ class CommandLine(argparse.ArgumentParser):
         """Add `--name`, of its default's type; values must be between `low` and `high`, inclusive."""
         metavar = name.upper()  # what --help shows as the value
         if choices:
-            metavar = "{" + ",".join(str(choice) for choice in choices if choice != "") + "}"
+            metavar = "{" + ",".join(map(str, choices)) + "}"
         if isinstance(default, bool):  # a switch: `--name` alone means True
             type, metavar = parse_bool, "{True,False}"
             self.switches.add(f"--{name}")
@@ -195,22 +195,21 @@ def pick_device(device="auto", dtype="auto"):
 def find_device():
     """"cuda" if torch can compute on a GPU with CUDA, else "cpu". Prints a line if there is a GPU that is not used."""
     import torch
-    problem = ""
     if torch.cuda.is_available():
         try:
             torch.ones(1, device="cuda") + 1  # a GPU for which torch was not built fails only here
             return "cuda"
         except RuntimeError as error:
-            problem = f"torch cannot compute on this GPU ({str(error).splitlines()[0]})"
+            problem = f"torch cannot compute on this GPU ({str(error).splitlines()[0]}); pytorch.org has other builds"
+    elif shutil.which("nvidia-smi") and torch.version.cuda:
+        problem = f"the GPU's driver is missing or too old for CUDA {torch.version.cuda}"
     elif shutil.which("nvidia-smi"):
-        problem = "this build of torch has no CUDA"
-        if torch.version.cuda:
-            problem = f"the GPU's driver is missing or too old for CUDA {torch.version.cuda}"
+        problem = "this build of torch has no CUDA; pytorch.org has one that does"
     elif torch.backends.mps.is_available():
         problem = "nothing has been measured on Apple's GPU; --device=mps uses it"
-    if problem:
-        hint = "" if "Apple" in problem else "; pytorch.org says which build of torch suits it"
-        print(f"taking the CPU: {problem}{hint}", file=sys.stderr)
+    else:
+        return "cpu"
+    print(f"taking the CPU: {problem}", file=sys.stderr)
     return "cpu"
 
 

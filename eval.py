@@ -347,11 +347,6 @@ def heuristics(probe, counts):
     return {name: row[:n_right].count(max(row)) / row.count(max(row)) for name, row in scores.items()}
 
 
-def skill_rank(skill):
-    """The place of a skill in SKILLS, from the easiest to the hardest; a probe's skill may also be none of them."""
-    return SKILLS.index(skill) if skill in SKILLS else len(SKILLS)
-
-
 def grade_probes(subject, probes, measured):
     """{figure: value}: the share of probes that the model passes, by skill and kind, and the share that each heuristic
     passes. `measured` says which probes these are; {} if there are none."""
@@ -362,7 +357,8 @@ def grade_probes(subject, probes, measured):
     passed = passes(subject.model, subject.encoding, probes)
     by_heuristic = [heuristics(probe, counts) for probe in probes]
     figures = {}
-    for skill in sorted({probe["skill"] for probe in probes}, key=skill_rank):
+    present = [probe["skill"] for probe in probes]
+    for skill in dict.fromkeys([skill for skill in SKILLS if skill in present] + present):  # the easiest first
         members = [i for i, probe in enumerate(probes) if probe["skill"] == skill]
         figures[skill] = interval(passed[members])
         for name in by_heuristic[0]:

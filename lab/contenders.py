@@ -50,6 +50,13 @@ class NanoGPT(torch.nn.Module):
         return self.model.configure_optimizers(0.1, lr, (0.9, 0.95), self.head.weight.device.type)
 
 
+def our_model(shape):
+    """A model of this shape, and otherwise as train.py builds it without options."""
+    options = vars(command_line().parse_args([]))
+    defaults = {name: value for name, value in options.items() if name in GPTConfig.__dataclass_fields__}
+    return GPT(GPTConfig(**{**defaults, **shape}))
+
+
 def training_step(model, optimizers, idx, targets, dtype):
     """One step on a batch (B, T), in mixed precision unless `dtype` is float32."""
     with torch.autocast(idx.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
@@ -103,7 +110,7 @@ def main(name, task, shape, rows, device, peer):
     because it launches the next step before the last one has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     device = torch.device(device)
-    model = NanoGPT(shape, peer) if name.startswith("nanoGPT") else GPT(GPTConfig(**shape))
+    model = NanoGPT(shape, peer) if name.startswith("nanoGPT") else our_model(shape)
     model.to(device)
     if isinstance(model, GPT) and device.type == "cpu":
         keep_freed_memory()  # as train.py does

@@ -2,6 +2,9 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +76,15 @@ def error_of(main, options, capsys):
     line = capsys.readouterr().err.strip() if end.value.code == 2 else end.value.code
     assert line and "\n" not in line, line
     return line
+
+
+def start_heeding_ctrl_c(command, **more):
+    """A process to which a test will send SIGINT. If the tests run in the background of a shell, that may have told them
+    to ignore it, and children inherit that."""
+    def heed():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    more = {"preexec_fn": None if os.name == "nt" else heed, **more}
+    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, **more)
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ def machine():
 def profile():
     """Where a step of 8 x 512 goes: two micro steps and an update, as train.py takes them, by kind of kernel."""
     device, rows, shape = ("cuda", 64, (4096, 512, 8, 8, 512)) if HAS_GPU else ("cpu", 1, (4096, 32, 1, 1, 64))
-    model = GPT(GPTConfig(*shape)).to(device)
-    optimizers = make_optimizers(model, train.fill_defaults(train.command_line().parse_args([])))
+    args = train.fill_defaults(train.command_line().parse_args([]))
+    model = GPT(GPTConfig(*shape, qk_gain=args.qk_gain)).to(device)
+    optimizers = make_optimizers(model, args)
     forward = torch.compile(model, dynamic=False) if HAS_GPU else model
     idx = torch.randint(4096, (rows, shape[1] + 1), device=device)
 

@@ -86,9 +86,9 @@ def test_apples_gpu_is_only_taken_when_asked_for(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("available, cuda, nvidia_smi, expected", [
-    (True, "13.0", "/usr/bin/nvidia-smi", "no kernel image"),  # a card that is too old for this build
-    (False, "13.0", "/usr/bin/nvidia-smi", "driver is missing or too old for CUDA 13.0"),
-    (False, None, "/usr/bin/nvidia-smi", "this build of torch has no CUDA"),
+    (True, "13.0", "nvidia-smi", "no kernel image"),  # a card that is too old for this build
+    (False, "13.0", "nvidia-smi", "driver is missing or too old for CUDA 13.0"),
+    (False, None, "nvidia-smi", "this build of torch has no CUDA"),
     (False, None, None, "")])
 def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys, available, cuda, nvidia_smi, expected):
     def ones(*args, device):

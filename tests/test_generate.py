@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import generate
+from conftest import start_heeding_ctrl_c
 
 SCRIPT = pathlib.Path(generate.__file__)
 KEY = "sk-a-key-that-must-not-be-seen"
@@ -473,8 +474,9 @@ def test_a_setting_that_brought_nothing_yet_may_be_mended():
 def test_two_runs_on_one_corpus_are_refused():
     with Server() as server:
         run(server, "--n=2")
-        other = subprocess.Popen([sys.executable, "-c", "import common\nfile = common.lock('data/tales/generate.lock')\n"
-                                  "print('locked', flush=True)\ninput()"], text=True, stdin=subprocess.PIPE,
+        script = ("import common\nfile = common.lock('data/tales/generate.lock')\nprint('locked', flush=True)\n"
+                  "input()")
+        other = subprocess.Popen([sys.executable, "-c", script], text=True, stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
         assert other.stdout.readline() == "locked\n"
         assert "another process is writing to data/tales" in refused(server, "--n=3")
@@ -483,11 +485,7 @@ def test_two_runs_on_one_corpus_are_refused():
 
 
 def start(server, *options, **more):
-    def heed():  # a test run in the background may have been told to ignore Ctrl-C, and its children inherit that
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    more = {"preexec_fn": None if os.name == "nt" else heed, **more}
-    return subprocess.Popen([sys.executable, str(SCRIPT), *command(server, *options)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **more)
+    return start_heeding_ctrl_c([str(SCRIPT), *command(server, *options)], stdout=subprocess.PIPE, **more)
 
 
 @pytest.mark.parametrize("log", [{}, {"OPENAI_LOG": "debug"}])

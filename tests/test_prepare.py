@@ -22,7 +22,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 import prepare
-from conftest import error_of, make_stories, write_jsonl
+from conftest import error_of, make_stories, start_heeding_ctrl_c, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -511,9 +511,8 @@ def test_a_vocabulary_that_uint16_cannot_hold_is_refused(workplace, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_ctrl_c_ends_in_one_line(workplace):
     """A terminal sends Ctrl-C to the workers too."""
-    write_jsonl(workplace / "data/x/s.jsonl", make_stories(60_000))
-    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True, text=True,
-                               stderr=subprocess.PIPE)
+    write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
+    process = start_heeding_ctrl_c([ROOT / "prepare.py", "--dataset=x"], start_new_session=True)
     while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)

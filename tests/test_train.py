@@ -567,7 +567,8 @@ def test_the_loop_waits_for_a_gpu_only_where_it_logs(in_prepared, monkeypatch):
 
 
 def test_saving_is_left_out_of_the_speed(in_prepared, monkeypatch):
-    """A slow disk says nothing about the speed of training: evaluations after 2, 4 and 6 steps, weights after 1, 2, 4, 8."""
+    """A slow disk says nothing about the speed of training. Evaluations come after 2, 4 and 6 steps, and weights are kept
+    after 1, 2, 4 and 8."""
     finished = []
     monkeypatch.setattr(train, "save_checkpoint", lambda checkpoint, path: time.sleep(0.05))
     monkeypatch.setattr(train, "finish", finished.append)
@@ -587,8 +588,9 @@ def test_orthogonalizing_in_float16_is_safe():
 def test_two_processes_do_not_train_in_one_folder(in_prepared, capsys):
     first = start("--out_dir=out/shared", "--max_minutes=5", "--evals=1000")
     wait_for("out/shared/ckpt.pt", first)
+    command = [*TINY, "--out_dir=out/shared", "--max_minutes=5", "--evals=1000"]
     for options in ([], ["--resume"]):
-        line = error_of(train.main, [*TINY, "--out_dir=out/shared", "--max_minutes=5", "--evals=1000", *options], capsys)
+        line = error_of(train.main, [*command, *options], capsys)
         assert "another process is writing to out" in line
     first.kill()
     first.communicate()
