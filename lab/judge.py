@@ -92,7 +92,7 @@ def read_replies(path):
     return replies
 
 
-def get_marks(questions, path, client, tokens, args):
+def get_marks(questions, path, tokens, args):
     """{question: marks, or None if its reply has none}. Asks the questions that have no reply on disk yet, and appends
     their replies to the file `path`. `tokens` counts what this command has paid for."""
     by_key = {}  # the judge's name is part of the key, so that each judge has its own replies
@@ -118,7 +118,7 @@ def get_marks(questions, path, client, tokens, args):
         bar = tqdm(total=len(tasks), desc=args.model, disable=None)
         try:
             with open_to_append(path) as file:
-                ask_all(client, request, tasks, store, bar, args, tokens)
+                ask_all(connect(args), request, tasks, store, bar, args, tokens)
         except (SystemExit, KeyboardInterrupt) as end:
             raise type(end)(f"{end}\nthe replies so far are in {path}: run the same command again to continue")
     return {question: replies[key] for key, question in by_key.items()}
@@ -161,12 +161,14 @@ def main(argv=None):
         parser.error("which model? --model=gpt-4o-mini for one")
     prompts = read_list("prompts", args.prompts, lambda prompt: isinstance(prompt, str))
     device, _ = pick_device(args.device)
-    client = connect(args)  # before the completions, which take a while: it exits if there is no key
     tokens = Counter(tokens_in=0, tokens_out=0)  # for all runs together, because --max_cost is for all of them
     for run in args.runs or [newest_run()]:
         subject = load_subject(run, device, args.dataset, tokenizer=args.tokenizer)
+        path = subject.path("judge.jsonl")
+        if not os.path.exists(path):
+            connect(args)  # ends the program if there is no key, before the completions, which take a while
         questions = make_questions(subject, prompts, args)
-        marks = get_marks(questions, subject.path("judge.jsonl"), client, tokens, args)
+        marks = get_marks(questions, path, tokens, args)
         figures = grade(questions, marks, args.model)
         figures["measured with"] = f"--each={args.each} --max_tokens={args.max_tokens}, {len(prompts)} prompts"
         add_section(subject, "judge", figures)

@@ -70,8 +70,9 @@ def test_a_fair_judge_tells_the_controls_apart(judged, capsys):
     assert "tokens in" in out and "grammar, true endings" in out
 
 
-def test_a_second_run_pays_nothing(judged):
+def test_a_second_run_pays_nothing_and_needs_no_key(judged, monkeypatch):
     figures = judged(judged.fair)
+    monkeypatch.delenv("OPENAI_API_KEY")
     assert judged(judged.fair) == figures and judged.asked == []
 
 
