@@ -28,6 +28,7 @@ class GPTConfig:
     pos: str = "rope"  # how positions are encoded: one of POSITIONS
     smear: bool = True  # add a learned multiple of the previous token's embedding to each token's own
     qk_gain: float = 0.0  # the largest logit of attention at the start, learned by each head; 0: sqrt(head size), fixed
+    value_embeds: bool = False  # in every second layer, add an embedding of the token itself to its value
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -72,13 +73,21 @@ def attend(q, k, v, mask):
     T, S = q.size(2), k.size(2)  # without a mask, either S = T or T = 1
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
         # torch's fused kernel is slow here, especially its backward pass: two matrix products and a softmax make
-        # training 1.5 times faster. For a single query, multiplying and summing is faster than a product, which would
-        # copy the keys.
-        scores = q @ k.transpose(-2, -1) if T > 1 else (q * k).sum(-1)[:, :, None]  # (B, H, T, S)
-        future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
-        scores = (scores.float() * q.size(-1) ** -0.5).masked_fill(future, -math.inf)
-        return scores.softmax(-1).to(v.dtype) @ v
+        # training 1.5 times faster. Most keys that come later than a query are left out, by cutting queries into parts.
+        parts = [attend_plainly(q[:, :, i:i + 128], k[:, :, :S - T + i + 128], v[:, :, :S - T + i + 128])
+                 for i in range(0, T, 128)]
+        return torch.cat(parts, dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+
+
+def attend_plainly(q, k, v):
+    """Causal attention of the queries at the last T of S positions, written out. The softmax is in float32."""
+    T, S = q.size(2), k.size(2)
+    # for a single query, multiplying and summing is faster than a product, which would copy the keys
+    scores = q @ k.transpose(-2, -1) if T > 1 else (q * k).sum(-1)[:, :, None]  # (B, H, T, S)
+    future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
+    scores = (scores.float() * q.size(-1) ** -0.5).masked_fill(future, -math.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def one_product(x, *weights):
@@ -89,7 +98,7 @@ def one_product(x, *weights):
 class Attention(nn.Module):
     """Causal multi-head self-attention: every position reads from itself and the earlier ones."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.n_head = config.n_head
         # three matrices instead of one: Muon orthogonalizes each one separately, which makes learning faster
@@ -99,14 +108,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         if config.qk_gain:
             self.gain = nn.Parameter(torch.empty(config.n_head))
+        if config.value_embeds and layer % 2 == 1:
+            self.value_embed = nn.Embedding(config.vocab_size, config.n_embd)
+            # a few channels are enough to decide how much of it is wanted, and learn that faster than all
+            self.value_gate = nn.Linear(min(32, config.n_embd), config.n_head, bias=False)
 
-    def forward(self, x, rope, mask, kv_cache, positions):
+    def forward(self, x, idx, rope, mask, kv_cache, positions):
         B, T, C = x.shape
         if x.is_cuda:
             q, k, v = one_product(x, self.q.weight, self.k.weight, self.v.weight)  # (B, T, C) each
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
         q, k, v = (part.view(B, T, self.n_head, -1) for part in (q, k, v))  # (B, T, H, D) each
+        if hasattr(self, "value_embed"):
+            gate = 2 * self.value_gate(x[..., :self.value_gate.in_features]).sigmoid()  # (B, T, H), at first 1
+            v = v + gate[..., None] * self.value_embed(idx).view_as(v).to(v.dtype)
         q, k = norm(q), norm(k)  # QK-norm: attention's logits stay bounded at high learning rates
         if hasattr(self, "gain"):
             # else no logit could exceed sqrt(D), and a head of 16 channels could hardly choose one key among 256
@@ -141,13 +157,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP. Each reads the normed residual stream x, and adds to it what it has computed."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, kv_cache, positions):
-        x = x + self.attn(norm(x), rope, mask, kv_cache, positions)  # (B, T, C)
+    def forward(self, x, idx, rope, mask, kv_cache, positions):
+        x = x + self.attn(norm(x), idx, rope, mask, kv_cache, positions)  # (B, T, C)
         return x + self.mlp(norm(x))
 
 
@@ -158,6 +174,10 @@ class GPT(nn.Module):
     A single layer can then find what followed an earlier copy of a token (an induction head); a plain transformer needs
     a previous-token head in the layer below.
 
+    Value embeddings (after modded-nanogpt and nanochat) are one more table of embeddings in every second layer. Each
+    token's own is added to the value that attention reads from it, as far as a gate in each head lets it. They cost no
+    matrix product.
+
     New embeddings are drawn with standard deviation `embed_std`. Small ones learn faster. But tokens used in
     similar ways, such as + and -, get nearly the same updates. If embeddings start small, the updates dominate, the
     embeddings become nearly equal, and no layer can tell them apart."""
@@ -166,7 +186,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.smear:
             self.smear = nn.Parameter(torch.empty(config.n_embd))
@@ -186,6 +206,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("proj.weight") or name == "head.weight":
                 nn.init.zeros_(p)  # every block starts as the identity, and all tokens are equally likely
+            elif name.endswith(("value_embed.weight", "value_gate.weight")):
+                nn.init.zeros_(p)
             elif name == "smear":
                 nn.init.constant_(p, 0.5)
             elif name.endswith("attn.gain"):
@@ -244,7 +266,7 @@ class GPT(nn.Module):
             rope = self.cos[positions], self.sin[positions]  # (T, D/2) each
         for layer, block in enumerate(self.blocks):
             kv_cache = cache.kv[layer, :, :, :, :S] if cache else None  # a view: attention writes into the cache
-            x = block(x, rope, mask, kv_cache, positions)
+            x = block(x, idx, rope, mask, kv_cache, positions)
         if cache:
             cache.length += idx.size(1)
         logits = self.head(norm(x))
@@ -256,7 +278,8 @@ class GPT(nn.Module):
 
     def num_params(self, embedding=True):
         """Number of weights; without `embedding`, those of the blocks alone: no embeddings, no smear, no head."""
-        return sum(p.numel() for name, p in self.named_parameters() if embedding or name.startswith("blocks."))
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if embedding or name.startswith("blocks.") and not name.endswith("embed.weight"))
 
     def flops_per_token(self):
         """Training FLOPs per token: 6 per weight of a matrix product (Kaplan et al. 2020, arXiv 2001.08361), and in
@@ -304,14 +327,14 @@ def orthogonalize(x, dtype):
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update of each matrix is made nearly orthogonal, so that rare directions move as
-    far as common ones.
+    far as common ones; and then, so do all rows (NorMuon, Li et al. 2025, arXiv 2510.05491; not if beta2 is 0).
 
     torch.optim.Muon does the same, but always multiplies in bfloat16. On CPUs without instructions for that, as in
     most laptops, its step takes nine times as long as one in float32."""
 
-    def __init__(self, matrices, dtype, **settings):
+    def __init__(self, matrices, dtype, beta2=0.95, **settings):
         super().__init__(matrices, settings)
-        self.dtype = dtype
+        self.dtype, self.beta2 = dtype, beta2
 
     @torch.no_grad()
     def step(self):
@@ -320,39 +343,64 @@ class Muon(torch.optim.Optimizer):
         The _foreach_ functions work on a list of tensors, with one kernel for all of them on a GPU."""
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
-            gradients, averages = [p.grad for p in matrices], [self.average_of(p) for p in matrices]
+            gradients = [p.grad for p in matrices]
+            averages = [self.average(p, "momentum_buffer", p) for p in matrices]
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov: one step ahead
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            stacks = {}  # on a GPU, all matrices of one shape together, since one alone would leave it idle
+            stacks = {}  # in 16 bits, all matrices of one shape together: one alone leaves a GPU idle, and slows a CPU
             for i, p in enumerate(matrices):
-                stacks.setdefault(p.shape if p.is_cuda else i, []).append(i)
+                stacks.setdefault(i if self.dtype == torch.float32 else p.shape, []).append(i)
             for indices in stacks.values():
-                stack = orthogonalize(torch.stack([updates[i] for i in indices]), self.dtype)
+                stack = orthogonalize(torch.stack([updates[i] for i in indices]), self.dtype)  # (N, M, C)
+                members = [matrices[i] for i in indices]
+                if self.beta2:
+                    stack = self.balance(stack.float(), members)
                 # scaled so that tall matrices change their outputs as much as square ones
                 rate = group["lr"] * max(1, stack.size(1) / stack.size(2)) ** 0.5
-                torch._foreach_add_([matrices[i] for i in indices], list(stack.to(updates[0].dtype)), alpha=-rate)
+                torch._foreach_add_(members, list(stack.to(updates[0].dtype)), alpha=-rate)
 
-    def average_of(self, p):
-        """The running average of the gradients of p."""
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return self.state[p]["momentum_buffer"]
+    def balance(self, stack, matrices):
+        """Divide each row of the updates (N, M, C) by its running root mean square, and restore each matrix's norm. Where
+        a matrix is wider than tall, columns take the place of rows."""
+        dim = 2 if stack.size(1) >= stack.size(2) else 1
+        squares = stack.square().mean(dim, keepdim=True)  # (N, M, 1) or (N, 1, C)
+        averages = [self.average(p, "square", square) for p, square in zip(matrices, squares)]
+        torch._foreach_lerp_(averages, list(squares), 1 - self.beta2)
+        balanced = stack / torch.stack(averages).sqrt().clamp(min=1e-7)
+        norms = [x.norm(dim=(1, 2), keepdim=True) for x in (stack, balanced)]
+        return balanced * (norms[0] / norms[1].clamp(min=1e-7))
+
+    def average(self, p, name, like):
+        """The running average of this name of the matrix p, which starts as zeros of the shape of `like`."""
+        if name not in self.state[p]:
+            self.state[p][name] = torch.zeros_like(like)
+        return self.state[p][name]
 
 
 def make_optimizers(model, args):
     """Muon for the matrices of the blocks and AdamW for all other weights, or AdamW for everything.
 
-    Embedding and head do not decay. Alongside Muon, AdamW uses betas of 0.7 and 0.99 for them instead of the usual 0.9
-    and 0.95, since most rows of an embedding have no gradient in most steps."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("blocks.")]
+    Embeddings and head do not decay. Alongside Muon, AdamW uses betas of 0.7 and 0.99 for them instead of the usual 0.9
+    and 0.95, since most rows of an embedding have no gradient in most steps. Value embeddings learn best at several
+    times the common rate."""
+    matrices, value_embeds, others = [], [], []
+    for name, p in model.named_parameters():
+        if name.endswith("value_embed.weight"):
+            value_embeds.append(p)
+        elif p.ndim == 2 and name.startswith("blocks."):
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": others, "weight_decay": 0.0}]
+    if value_embeds:
+        groups.append({"params": value_embeds, "weight_decay": 0.0, "lr_scale": 4.0})  # see set_learning_rate()
     if args.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups.insert(0, {"params": matrices, "weight_decay": args.weight_decay})
         return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
     _, muon_dtype = pick_device(str(model.head.weight.device))  # the fastest, whatever --dtype says
     return [Muon(matrices, muon_dtype, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
-            torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
+            torch.optim.AdamW(groups, lr=args.lr, betas=(0.7, 0.99))]
 
 
 def lr_multiplier(progress, args):

@@ -58,6 +58,8 @@ def command_line():
     parser.option("smear", True, "add a learned multiple of the previous embedding; False: the plain transformer")
     parser.option("qk_gain", 8.0, "largest logit of attention at the start, which each head then learns; 0: the square "
                   "root of the head size, fixed", low=0)
+    parser.option("value_embeds", True, "in every second layer, add an embedding of the token itself to its value; False: "
+                  "the plain transformer")
     parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps apart tokens that are used alike, "
                   "such as + and -", low=0.001)
     # how it learns
@@ -220,7 +222,7 @@ class Run:
         # the model, and what it learns with
         torch.manual_seed(args.seed)  # the same initial weights in every process
         self.config = GPTConfig(self.data.metas[self.data.first]["vocab_size"], args.block_size, args.n_layer,
-                                args.n_head, args.n_embd, args.pos, args.smear, args.qk_gain)
+                                args.n_head, args.n_embd, args.pos, args.smear, args.qk_gain, args.value_embeds)
         self.model = GPT(self.config, args.embed_std).to(self.device)
         self.flops_per_token = self.model.flops_per_token()
         self.forward = self.model  # prepare_forward() wraps it; the weights are the same
@@ -430,7 +432,8 @@ def describe(run):
     run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
-    # four numbers per parameter, all in float32: weight, gradient and the two averages of AdamW; Muon keeps only one
+    # four numbers per parameter, all in float32: weight, gradient and the two averages of AdamW; Muon keeps one, and
+    # another for each row
     numbers = 4 * model.num_params()
     if args.optimizer == "muon":
         numbers -= model.num_params(embedding=False)
@@ -558,7 +561,7 @@ def set_learning_rate(run, progress):
     lr = run.args.lr * lr_multiplier(progress, run.args)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def micro_batches(run):

@@ -52,7 +52,7 @@ def start_process(stage, arguments):
 
 def train(out_dir, max_steps=0, **options):
     """Train a model, or resume a run that was stopped (a finished one is left as it is). Returns the run's folder."""
-    options.setdefault("qk_gain", 0)  # as when the lessons' figures were measured
+    options = {"qk_gain": 0, "value_embeds": False, **options}  # as when the lessons' figures were measured
     if max_steps:
         out_dir = f"out/quick/{os.path.basename(out_dir)}"  # kept apart from runs of full length
         limits = ("max_tokens", "max_flops", "max_minutes")

@@ -8,7 +8,8 @@ import torch
 
 import sample
 import train
-from model import GPT, GPTConfig, make_optimizers
+from lab.contenders import our_model, shape_of
+from model import make_optimizers
 
 KINDS = {"products": r"gemm|nvjet|cutlass|cublas|xmma|splitK", "attention": r"flash|fmha|sdpa|cudnn|attention",
          "compiled": r"^triton", "lists of tensors": r"multi_tensor", "copies": r"Memcpy|Memset|copy"}
@@ -24,12 +25,14 @@ def machine():
 
 def profile():
     """Where a step of 8 x 512 goes: two micro steps and an update, as train.py takes them, by kind of kernel."""
-    device, rows, shape = ("cuda", 64, (4096, 512, 8, 8, 512)) if HAS_GPU else ("cpu", 1, (4096, 32, 1, 1, 64))
+    device, rows, shape = "cpu", 1, shape_of(1, 64, block_size=32, vocab_size=4096)
+    if HAS_GPU:
+        device, rows, shape = "cuda", 64, shape_of(8, 512, block_size=512, vocab_size=4096)
     args = train.fill_defaults(train.command_line().parse_args([]))
-    model = GPT(GPTConfig(*shape, qk_gain=args.qk_gain)).to(device)
+    model = our_model(shape).to(device)
     optimizers = make_optimizers(model, args)
     forward = torch.compile(model, dynamic=False) if HAS_GPU else model
-    idx = torch.randint(4096, (rows, shape[1] + 1), device=device)
+    idx = torch.randint(4096, (rows, shape["block_size"] + 1), device=device)
 
     def step():
         for _ in range(2):

@@ -15,7 +15,7 @@ POSITIONS = ("rope", "alibi", "learned", "none")
 def make_model(seed=0, **settings):
     """A small model whose zero-initialized weights are random instead, so that every part has an effect."""
     torch.manual_seed(seed)
-    shape = dict(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=32, qk_gain=8.0)
+    shape = dict(vocab_size=97, block_size=32, n_layer=3, n_head=4, n_embd=32, qk_gain=8.0, value_embeds=True)
     model = GPT(GPTConfig(**{**shape, **settings}))
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=1.0 if name.endswith("gain") else 0.0, std=0.2)
@@ -136,11 +136,11 @@ def test_one_batch_can_be_overfitted():
     assert loss.item() < 0.1
 
 
-@pytest.mark.parametrize("smear", (True, False))
+@pytest.mark.parametrize("extras", (True, False))
 @pytest.mark.parametrize("pos", POSITIONS)
-def test_agrees_with_an_independent_implementation(pos, smear):
+def test_agrees_with_an_independent_implementation(pos, extras):
     """The same weights in NumPy, float64, one token and one head at a time, straight from the formulas."""
-    model, idx = make_model(pos=pos, smear=smear), tokens(1, 12)
+    model, idx = make_model(pos=pos, smear=extras, value_embeds=extras), tokens(1, 12)
     w = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
     heads, size = 4, 8
 
@@ -160,11 +160,15 @@ def test_agrees_with_an_independent_implementation(pos, smear):
     if pos == "learned":
         x = [row + w["pos_embed.weight"][i] for i, row in enumerate(x)]
     x = [rms(row) for row in x]
-    if smear:
+    if extras:
         x = [rms(row + w["smear"] * before) for row, before in zip(x, [np.zeros(32), *x])]
     for layer in range(3):
         get = lambda name: w[f"blocks.{layer}.{name}.weight"]
         qkv = [[get(f"attn.{part}") @ rms(row) for part in "qkv"] for row in x]
+        if extras and layer == 1:
+            for t, row, (_, _, v) in zip(idx[0].tolist(), x, qkv):
+                gate = 2 / (1 + np.exp(-get("attn.value_gate") @ rms(row)))
+                v += np.repeat(gate, size) * w["blocks.1.attn.value_embed.weight"][t]
         mixed = []
         for i in range(len(x)):
             row = []
@@ -185,8 +189,8 @@ def test_agrees_with_an_independent_implementation(pos, smear):
 
 
 def test_the_fast_attention_of_bfloat16_agrees_with_the_plain_one(monkeypatch):
-    """On CPU, bfloat16 takes products and a softmax instead of the fused kernel."""
-    model, idx = make_model(), tokens(2, 33)
+    """On CPU, bfloat16 takes products and a softmax instead of the fused kernel, for parts of 128 queries."""
+    model, idx = make_model(block_size=300), tokens(2, 301)
     def loss_and_gradient(dtype):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -221,6 +225,24 @@ def test_parameters_and_flops_are_counted():
     assert model.num_params() == 8 * 12 * 128**2 + 2 * 4096 * 128 + 128  # one more a channel: smear
     attention = 8 * 128 * sum(range(1, 257)) / 256 * 4 * 3  # scores and mixing, 2 FLOPs each, forward and twice back
     assert model.flops_per_token() == 6 * (8 * 12 * 128**2 + 4096 * 128) + attention
+
+
+def test_value_embeddings_change_nothing_at_first_and_cost_no_flops():
+    """They start at zero. Those of tokens that a batch holds learn in its second step, when attention has an effect."""
+    plain, model = (GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=4, n_head=2, n_embd=32, value_embeds=given))
+                    for given in (False, True))
+    assert model.num_params() - plain.num_params() == 2 * 97 * 32 + 2 * 2 * 32  # in layers 1 and 3: tables and gates
+    assert model.num_params(embedding=False) - plain.num_params(embedding=False) == 2 * 2 * 32
+    torch.nn.init.normal_(model.head.weight)
+    model.load_state_dict(plain.state_dict() | {"head.weight": model.head.weight}, strict=False)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    idx = tokens(2, 9)
+    assert torch.equal(model(idx), plain(idx))
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.proj.weight)
+    model(idx[:, :-1], idx[:, 1:]).mean().backward()
+    touched = model.blocks[1].attn.value_embed.weight.grad.abs().sum(1) > 0  # (V,)
+    assert touched.nonzero()[:, 0].tolist() == idx[:, :-1].unique().tolist()
 
 
 def test_the_papers_shapes_are_valid():
