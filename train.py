@@ -142,21 +142,25 @@ def parse_mix(text):
 
 
 @functools.lru_cache(32)  # a shuffle takes longer than a step
-def row_order(n_rows, seed, epoch):
-    """The order in which an epoch visits the rows of a dataset, (n_rows,)."""
-    return np.random.default_rng((seed, epoch)).permutation(n_rows)
+def row_starts(n_tokens, length, seed, epoch):
+    """Where the rows of an epoch start, in the order in which it visits them. Each epoch cuts the stream at other
+    places, so that a story comes back in other company: a second look at the same rows teaches less."""
+    rng = np.random.default_rng((seed, epoch))
+    first = rng.integers(length)
+    return first + length * rng.permutation(n_tokens // length - 1)
 
 
 def read_rows(tokens, length, first, count, seed):
     """Rows `first` to `first + count` of an endless walk over `tokens`, (count, length + 1) int64.
 
-    An epoch visits each row of `length` tokens once, in an order that depends on the seed and the epoch alone, so that
-    a resumed run continues the walk exactly. A row has one extra token, the target of its last input."""
-    n_rows = (len(tokens) - 1) // length
+    The rows of an epoch do not overlap, and leave out less than two rows' length of tokens. They depend on the seed and
+    the epoch alone, so that a resumed run continues the walk exactly. A row has one extra token, the target of its last
+    input."""
+    n_rows = len(tokens) // length - 1
     rows = np.empty((count, length + 1), np.int64)
     for i in range(count):
         epoch, place = divmod(first + i, n_rows)
-        start = row_order(n_rows, seed, epoch)[place] * length
+        start = row_starts(len(tokens), length, seed, epoch)[place]
         rows[i] = tokens[start:start + length + 1]
     return rows
 
@@ -183,8 +187,8 @@ class TrainData:
                 smaller, larger = sorted((name, self.first), key=lambda each: self.metas[each]["train"]["bytes"])
                 sys.exit(f"{self.first} and {name} have different tokenizers: run python prepare.py "
                          f"--dataset={smaller} --tokenizer={larger}, with its --input and other options as before")
-            if len(tokens) <= args.block_size:
-                sys.exit(f"{name} has {len(tokens)} train tokens, fewer than a row: lower --block_size or add stories")
+            if len(tokens) < 2 * args.block_size:
+                sys.exit(f"{name} has {len(tokens)} train tokens, fewer than two rows: lower --block_size or add stories")
             self.tokens.append(tokens)
         self.rows_read = [0] * len(self.tokens)
         self.epoch_tokens = sum(map(len, self.tokens))

@@ -104,7 +104,8 @@ def test_activations_take_no_more_memory_than_they_did(monkeypatch, rows, block_
         sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        model = GPT(GPTConfig(vocab_size=4096, block_size=block_size, n_layer=8, n_head=8, n_embd=512))
+        model = GPT(GPTConfig(vocab_size=4096, block_size=block_size, n_layer=8, n_head=8, n_embd=512, qk_gain=8.0,
+                              value_embeds=True))
         idx = torch.zeros(rows, block_size, dtype=torch.int64)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(idx, idx)
