@@ -28,7 +28,7 @@ class GPTConfig:
     pos: str = "rope"  # how positions are encoded: one of POSITIONS
     smear: bool = True  # add a learned multiple of the previous token's embedding to each token's own
     qk_gain: float = 0.0  # the largest logit of attention at the start, learned by each head; 0: sqrt(head size), fixed
-    value_embeds: bool = False  # in every second layer, add an embedding of the token itself to its value
+    value_embeds: bool = False  # in every second layer, add an embedding of each token to its value
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -73,15 +73,17 @@ def attend(q, k, v, mask):
     T, S = q.size(2), k.size(2)  # without a mask, either S = T or T = 1
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
         # torch's fused kernel is slow here, especially its backward pass: two matrix products and a softmax make
-        # training 1.5 times faster. Most keys that come later than a query are left out, by cutting queries into parts.
-        parts = [attend_plainly(q[:, :, i:i + 128], k[:, :, :S - T + i + 128], v[:, :, :S - T + i + 128])
-                 for i in range(0, T, 128)]
+        # training 1.5 times faster. 128 queries at a time do not read the keys that come after the last of them.
+        parts = []
+        for start in range(0, T, 128):
+            end = S - T + start + 128
+            parts.append(attend_plainly(q[:, :, start:start + 128], k[:, :, :end], v[:, :, :end]))
         return torch.cat(parts, dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
 
 
 def attend_plainly(q, k, v):
-    """Causal attention of the queries at the last T of S positions, written out. The softmax is in float32."""
+    """Causal attention of the queries at the last T of S positions: two products, and a softmax in float32."""
     T, S = q.size(2), k.size(2)
     # for a single query, multiplying and summing is faster than a product, which would copy the keys
     scores = q @ k.transpose(-2, -1) if T > 1 else (q * k).sum(-1)[:, :, None]  # (B, H, T, S)
@@ -110,7 +112,7 @@ class Attention(nn.Module):
             self.gain = nn.Parameter(torch.empty(config.n_head))
         if config.value_embeds and layer % 2 == 1:
             self.value_embed = nn.Embedding(config.vocab_size, config.n_embd)
-            # a few channels are enough to decide how much of it is wanted, and learn that faster than all
+            # the gate reads 32 channels: so it learns faster than one that reads all
             self.value_gate = nn.Linear(min(32, config.n_embd), config.n_head, bias=False)
 
     def forward(self, x, idx, rope, mask, kv_cache, positions):
@@ -174,13 +176,14 @@ class GPT(nn.Module):
     A single layer can then find what followed an earlier copy of a token (an induction head); a plain transformer needs
     a previous-token head in the layer below.
 
-    Value embeddings (after modded-nanogpt and nanochat) are one more table of embeddings in every second layer. Each
-    token's own is added to the value that attention reads from it, as far as a gate in each head lets it. They cost no
-    matrix product.
+    Value embeddings (after modded-nanogpt and nanochat): every second layer has a table with a vector for each token.
+    Attention adds this vector to the token's value, times a gate between 0 and 2 for each head. The only matrix product
+    is the gate's, which is small.
 
-    New embeddings are drawn with standard deviation `embed_std`. Small ones learn faster. But tokens used in
-    similar ways, such as + and -, get nearly the same updates. If embeddings start small, the updates dominate, the
-    embeddings become nearly equal, and no layer can tell them apart."""
+    Value embeddings start at zero, embeddings of tokens and positions are drawn with standard deviation `embed_std`.
+    Small embeddings learn faster. But tokens used in similar ways, such as + and -, get nearly the same updates. If
+    embeddings start small, the updates dominate, the embeddings become nearly equal, and no layer can tell them
+    apart."""
 
     def __init__(self, config, embed_std=0.1):
         super().__init__()
@@ -204,10 +207,8 @@ class GPT(nn.Module):
         """Draw all weights. With a standard deviation of 1/sqrt(C), a matrix's outputs are about as large as its
         inputs."""
         for name, p in self.named_parameters():
-            if name.endswith("proj.weight") or name == "head.weight":
+            if name.endswith(("proj.weight", "value_embed.weight", "value_gate.weight")) or name == "head.weight":
                 nn.init.zeros_(p)  # every block starts as the identity, and all tokens are equally likely
-            elif name.endswith(("value_embed.weight", "value_gate.weight")):
-                nn.init.zeros_(p)
             elif name == "smear":
                 nn.init.constant_(p, 0.5)
             elif name.endswith("attn.gain"):
@@ -279,7 +280,7 @@ class GPT(nn.Module):
     def num_params(self, embedding=True):
         """Number of weights; without `embedding`, those of the blocks alone: no embeddings, no smear, no head."""
         return sum(p.numel() for name, p in self.named_parameters()
-                   if embedding or name.startswith("blocks.") and not name.endswith("embed.weight"))
+                   if embedding or (name.startswith("blocks.") and "embed" not in name))
 
     def flops_per_token(self):
         """Training FLOPs per token: 6 per weight of a matrix product (Kaplan et al. 2020, arXiv 2001.08361), and in
@@ -327,10 +328,11 @@ def orthogonalize(x, dtype):
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update of each matrix is made nearly orthogonal, so that rare directions move as
-    far as common ones; and then, so do all rows (NorMuon, Li et al. 2025, arXiv 2510.05491; not if beta2 is 0).
+    far as common ones. Then its rows are balanced, so that all move about equally far (NorMuon, Li et al. 2025, arXiv
+    2510.05491); beta2=0 leaves that out.
 
-    torch.optim.Muon does the same, but always multiplies in bfloat16. On CPUs without instructions for that, as in
-    most laptops, its step takes nine times as long as one in float32."""
+    torch.optim.Muon does not balance rows, and always multiplies in bfloat16. On CPUs without instructions for that, as
+    in most laptops, its step takes nine times as long as one in float32."""
 
     def __init__(self, matrices, dtype, beta2=0.95, **settings):
         super().__init__(matrices, settings)
@@ -338,7 +340,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Shrink each matrix by lr * weight_decay, and move it by its momentum, made orthogonal.
+        """Shrink each matrix by lr * weight_decay, and move it by its momentum, made orthogonal and balanced.
 
         The _foreach_ functions work on a list of tensors, with one kernel for all of them on a GPU."""
         for group in self.param_groups:
@@ -348,11 +350,12 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov: one step ahead
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            stacks = {}  # in 16 bits, all matrices of one shape together: one alone leaves a GPU idle, and slows a CPU
+            stacks = {}  # in 16 bits, matrices of one shape are multiplied together, which is faster
             for i, p in enumerate(matrices):
-                stacks.setdefault(i if self.dtype == torch.float32 else p.shape, []).append(i)
+                key = i if self.dtype == torch.float32 else tuple(p.shape)
+                stacks.setdefault(key, []).append(i)
             for indices in stacks.values():
-                stack = orthogonalize(torch.stack([updates[i] for i in indices]), self.dtype)  # (N, M, C)
+                stack = orthogonalize(torch.stack([updates[i] for i in indices]), self.dtype)  # (B, M, N)
                 members = [matrices[i] for i in indices]
                 if self.beta2:
                     stack = self.balance(stack.float(), members)
@@ -361,18 +364,18 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(members, list(stack.to(updates[0].dtype)), alpha=-rate)
 
     def balance(self, stack, matrices):
-        """Divide each row of the updates (N, M, C) by its running root mean square, and restore each matrix's norm. Where
-        a matrix is wider than tall, columns take the place of rows."""
+        """Divide each row of the updates (B, M, N) by its running root mean square, and restore each matrix's norm.
+        Where a matrix is wider than tall, columns take the place of rows."""
         dim = 2 if stack.size(1) >= stack.size(2) else 1
-        squares = stack.square().mean(dim, keepdim=True)  # (N, M, 1) or (N, 1, C)
+        squares = stack.square().mean(dim, keepdim=True)  # (B, M, 1) or (B, 1, N)
         averages = [self.average(p, "square", square) for p, square in zip(matrices, squares)]
         torch._foreach_lerp_(averages, list(squares), 1 - self.beta2)
         balanced = stack / torch.stack(averages).sqrt().clamp(min=1e-7)
-        norms = [x.norm(dim=(1, 2), keepdim=True) for x in (stack, balanced)]
-        return balanced * (norms[0] / norms[1].clamp(min=1e-7))
+        before, after = (x.norm(dim=(1, 2), keepdim=True) for x in (stack, balanced))
+        return balanced * (before / after.clamp(min=1e-7))
 
     def average(self, p, name, like):
-        """The running average of this name of the matrix p, which starts as zeros of the shape of `like`."""
+        """self.state[p][name], a running average; at first zeros in the shape of `like`."""
         if name not in self.state[p]:
             self.state[p][name] = torch.zeros_like(like)
         return self.state[p][name]
@@ -386,21 +389,21 @@ def make_optimizers(model, args):
     times the common rate."""
     matrices, value_embeds, others = [], [], []
     for name, p in model.named_parameters():
-        if name.endswith("value_embed.weight"):
+        if name.startswith("blocks.") and "embed" in name:
             value_embeds.append(p)
-        elif p.ndim == 2 and name.startswith("blocks."):
+        elif name.startswith("blocks.") and p.ndim == 2:
             matrices.append(p)
         else:
             others.append(p)
-    groups = [{"params": others, "weight_decay": 0.0}]
+    groups = [{"params": others}]
     if value_embeds:
-        groups.append({"params": value_embeds, "weight_decay": 0.0, "lr_scale": 4.0})  # see set_learning_rate()
+        groups.append({"params": value_embeds, "lr_scale": 4.0})  # see set_learning_rate() in train.py
     if args.optimizer == "adamw":
         groups.insert(0, {"params": matrices, "weight_decay": args.weight_decay})
-        return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+        return [torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95))]
     _, muon_dtype = pick_device(str(model.head.weight.device))  # the fastest, whatever --dtype says
     return [Muon(matrices, muon_dtype, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
-            torch.optim.AdamW(groups, lr=args.lr, betas=(0.7, 0.99))]
+            torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
 
 
 def lr_multiplier(progress, args):

@@ -55,17 +55,16 @@ def command_line():
                   type=int, low=1)
     parser.option("block_size", 256, "context in tokens", low=2)
     parser.option("pos", "rope", "how positions are encoded", choices=POSITIONS)
-    parser.option("smear", True, "add a learned multiple of the previous embedding; False: the plain transformer")
+    parser.option("smear", True, "add a learned multiple of the previous token's embedding to each token's own")
     parser.option("qk_gain", 8.0, "largest logit of attention at the start, which each head then learns; 0: the square "
                   "root of the head size, fixed", low=0)
-    parser.option("value_embeds", True, "in every second layer, add an embedding of the token itself to its value; False: "
-                  "the plain transformer")
+    parser.option("value_embeds", True, "in every second layer, add an embedding of each token to its value")
     parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps apart tokens that are used alike, "
                   "such as + and -", low=0.001)
     # how it learns
     parser.option("optimizer", "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw for all",
                   choices=("muon", "adamw"))
-    parser.option("lr", None, "peak learning rate (default: 0.02 with muon, 0.002 with adamw)", type=float, low=0)
+    parser.option("lr", None, "peak learning rate (default: 0.03 with muon, 0.002 with adamw)", type=float, low=0)
     parser.option("weight_decay", 0.1, "of the matrices of the blocks", low=0)
     parser.option("schedule", "wsd", "cosine, or wsd: warm-up, stable, then linear decay to zero",
                   choices=("cosine", "wsd"))
@@ -108,7 +107,7 @@ def fill_defaults(args):
     if args.n_head is None:
         args.n_head = default_heads(args.n_embd)
     if args.lr is None:
-        args.lr = {"muon": 0.02, "adamw": 0.002}[args.optimizer]
+        args.lr = {"muon": 0.03, "adamw": 0.002}[args.optimizer]
     if args.schedule == "wsd" and args.warmup + args.cooldown > 1:
         sys.exit("--warmup and --cooldown are shares of the run: lower them until they add up to 1 at most")
     if sum(limit > 0 for limit in (args.max_steps, args.max_tokens, args.max_flops, args.max_minutes)) > 1:
@@ -143,19 +142,20 @@ def parse_mix(text):
 
 @functools.lru_cache(32)  # a shuffle takes longer than a step
 def row_starts(n_tokens, length, seed, epoch):
-    """Where the rows of an epoch start, in the order in which it visits them. Each epoch cuts the stream at other
-    places, so that a story comes back in other company: a second look at the same rows teaches less."""
+    """Where the rows of an epoch start, in the order in which it visits them. Each epoch cuts the stream at different
+    places, since the same rows again would teach less."""
     rng = np.random.default_rng((seed, epoch))
-    first = rng.integers(length)
-    return first + length * rng.permutation(n_tokens // length - 1)
+    n_rows = n_tokens // length - 1
+    offset = rng.integers(n_tokens - n_rows * length)
+    return offset + length * rng.permutation(n_rows)
 
 
 def read_rows(tokens, length, first, count, seed):
     """Rows `first` to `first + count` of an endless walk over `tokens`, (count, length + 1) int64.
 
-    The rows of an epoch do not overlap, and leave out less than two rows' length of tokens. They depend on the seed and
-    the epoch alone, so that a resumed run continues the walk exactly. A row has one extra token, the target of its last
-    input."""
+    The inputs of an epoch's rows do not overlap, and leave out fewer than two rows of tokens. Rows depend on the seed
+    and the epoch alone, so that a resumed run continues the walk exactly. A row has one extra token, the target of its
+    last input."""
     n_rows = len(tokens) // length - 1
     rows = np.empty((count, length + 1), np.int64)
     for i in range(count):
@@ -188,7 +188,8 @@ class TrainData:
                 sys.exit(f"{self.first} and {name} have different tokenizers: run python prepare.py "
                          f"--dataset={smaller} --tokenizer={larger}, with its --input and other options as before")
             if len(tokens) < 2 * args.block_size:
-                sys.exit(f"{name} has {len(tokens)} train tokens, fewer than two rows: lower --block_size or add stories")
+                sys.exit(f"{name} has {len(tokens)} train tokens, fewer than two rows: lower --block_size or add "
+                         "stories")
             self.tokens.append(tokens)
         self.rows_read = [0] * len(self.tokens)
         self.epoch_tokens = sum(map(len, self.tokens))
@@ -330,7 +331,10 @@ def read_own_checkpoint(run):
     checkpoint = load_checkpoint(path)
     # the run must go on with what was chosen for it
     args.batch_tokens = args.batch_tokens or checkpoint["args"]["batch_tokens"]
-    check_resumable(checkpoint, args, vars(command_line().parse_args([])), run.out_dir)
+    # the values of options that the checkpoint does not know: today's defaults, except for the model's, which were
+    # trained without what came later
+    defaults = vars(command_line().parse_args([])) | asdict(GPTConfig(**checkpoint["model_config"]))
+    check_resumable(checkpoint, args, defaults, run.out_dir)
     # the walk over the rows goes on where it stopped, which makes sense only in the same bins
     if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
         sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
@@ -437,12 +441,12 @@ def describe(run):
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
     # four numbers per parameter, all in float32: weight, gradient and the two averages of AdamW; Muon keeps one, and
-    # another for each row
+    # its averages of rows are too few to count
     numbers = 4 * model.num_params()
     if args.optimizer == "muon":
         numbers -= model.num_params(embedding=False)
     compiled = ", compiled" if run.compiling else ""
-    run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embedding and head; "
+    run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embeddings and head; "
             f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; weights, gradients and optimizer take "
             f"{4 * numbers / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
 

@@ -1,7 +1,7 @@
 """Lesson 11: most of the speed is in a few switches.
 
 Bits per byte after two minutes on real TinyStories. Runs 1 to 7 turn one more switch each; 8 and 9 each make one change
-to run 7, the default. `long` gives the best run with AdamW, the fourth, as many tokens as it needs to catch up.
+to run 7. `long` gives the best run with AdamW, the fourth, as many tokens as it needs to catch up.
 """
 from lesson import command_line, grade, prepare, run_main, train
 

@@ -118,9 +118,10 @@ def test_a_run_that_exists_is_resumed_and_a_quick_look_has_a_folder_of_its_own(w
     assert lesson.train("out/a", max_tokens=100) == "out/a"
     assert lesson.train("out/b", max_tokens=100) == "out/b"
     assert lesson.train("out/a", max_tokens=100, max_steps=5) == "out/quick/a"
-    assert commands == [["--out_dir=out/a", "--qk_gain=0", "--value_embeds=False", "--max_tokens=100", "--resume=True"],
-                        ["--out_dir=out/b", "--qk_gain=0", "--value_embeds=False", "--max_tokens=100"],
-                        ["--out_dir=out/quick/a", "--qk_gain=0", "--value_embeds=False", "--max_steps=5"]]
+    as_then = ["--qk_gain=0", "--value_embeds=False", "--lr=0.02"]
+    assert commands == [["--out_dir=out/a", *as_then, "--max_tokens=100", "--resume=True"],
+                        ["--out_dir=out/b", *as_then, "--max_tokens=100"],
+                        ["--out_dir=out/quick/a", *as_then, "--max_steps=5"]]
 
 
 def test_a_stage_that_fails_ends_the_script(tmp_path):

@@ -98,7 +98,7 @@ def test_a_model_that_renames_or_avoids_attend_is_refused(monkeypatch):
     model, stories = make_model(), make_tensors(tokens(20, 32))
     attend = architecture.attend
 
-    def forward(attn, x, rope, mask, kv_cache, start):
+    def forward(attn, x, idx, rope, mask, kv_cache, positions):
         q, k, v = (linear(x).view(*x.shape[:2], attn.n_head, -1).transpose(1, 2) for linear in (attn.q, attn.k, attn.v))
         return attn.proj(attend(q, k, v, mask).transpose(1, 2).reshape(x.shape))
     monkeypatch.setattr(architecture.Attention, "forward", forward)

@@ -228,7 +228,7 @@ def test_parameters_and_flops_are_counted():
     assert model.flops_per_token() == 6 * (8 * 12 * 128**2 + 4096 * 128) + attention
 
 
-def test_value_embeddings_change_nothing_at_first_and_cost_no_flops():
+def test_value_embeddings_change_nothing_at_first_and_learn_where_their_token_stands():
     """They start at zero. Those of tokens that a batch holds learn in its second step, when attention has an effect."""
     plain, model = (GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=4, n_head=2, n_embd=32, value_embeds=given))
                     for given in (False, True))

@@ -276,7 +276,7 @@ def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
 @pytest.mark.parametrize("options, expected", [
     (["--resume", "--n_embd=64"], "was trained with --n_embd=32, not 64"),
     (["--resume", "--dataset=other"], "was trained with --dataset=tiny, not other"),
-    (["--resume", "--lr=0.1"], "was trained with --lr=0.02, not 0.1"),
+    (["--resume", "--lr=0.1"], "was trained with --lr=0.03, not 0.1"),
     ([], "holds a run: add --resume"),
     (["--out_dir=out/new", "--init_from=out/base", "--n_embd=64"], "another n_embd=32"),
     (["--out_dir=out/new", "--resume"], "no run in out/new to continue"),
@@ -630,11 +630,17 @@ def test_two_processes_do_not_train_in_one_folder(in_prepared, capsys):
     assert "holds a run" in error_of(train.main, [*TINY, "--out_dir=out/shared", "--max_minutes=5"], capsys)
 
 
-def test_a_run_from_before_an_option_of_the_model_says_how_to_resume_it(in_prepared, capsys):
-    """Its weights were trained without a gain, whatever the default is today."""
-    run("no-gain", "--max_steps=2", "--qk_gain=0")
-    checkpoint = load_checkpoint("out/no-gain")
-    del checkpoint["model_config"]["qk_gain"], checkpoint["args"]["qk_gain"]
-    torch.save(checkpoint, "out/no-gain/ckpt.pt")
-    for options in (["--out_dir=out/no-gain", "--resume"], ["--out_dir=out/with-gain", "--init_from=out/no-gain"]):
-        assert "another qk_gain=0.0" in error_of(train.main, [*TINY, *options, "--max_steps=4"], capsys)
+@pytest.mark.parametrize("option, before", [("qk_gain", 0.0), ("value_embeds", False)])
+def test_a_run_from_before_an_option_of_the_model_says_how_to_resume_it(in_prepared, capsys, option, before):
+    """Its weights were trained without a gain or value embeddings, whatever the default is today."""
+    old = f"out/without-{option}"
+    run(f"without-{option}", "--max_steps=2", f"--{option}={before}")
+    checkpoint = load_checkpoint(old)
+    del checkpoint["model_config"][option], checkpoint["args"][option]
+    torch.save(checkpoint, f"{old}/ckpt.pt")
+    line = error_of(train.main, [*TINY, f"--out_dir={old}", "--resume", "--max_steps=4"], capsys)
+    assert f"was trained with --{option}={before}" in line
+    line = error_of(train.main, [*TINY, "--out_dir=out/with", f"--init_from={old}", "--max_steps=4"], capsys)
+    assert f"another {option}={before}" in line
+    run(f"without-{option}", "--resume", "--max_steps=4", f"--{option}={before}")
+    assert load_checkpoint(old)["step"] == 4
