@@ -21,7 +21,8 @@ from sample import load_run
 from test_model import POSITIONS, tokens
 from test_model import make_model as make_any_model
 
-make_model = functools.partial(make_any_model, qk_gain=0.0)  # planted weights assume the plain scale of attention
+# planted weights assume the plain scale of attention, and values that are only what was planted
+make_model = functools.partial(make_any_model, qk_gain=0.0, value_embeds=False)
 
 
 def make_tensors(ids, kind=None, role=None):
