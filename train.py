@@ -237,7 +237,6 @@ class Run:
         # how far it has come, and how far it will go
         self.step, self.clock = 0, Clock(0.0)
         if checkpoint:
-            refuse_other_shape(self, checkpoint, self.out_dir)
             restore(self, checkpoint)
         elif args.init_from:
             load_initial_weights(self)
@@ -362,19 +361,14 @@ def restore(run, checkpoint):
 def load_initial_weights(run):
     """Start from the weights of --init_from, a run of the same shape and tokenizer."""
     old = load_checkpoint(run.args.init_from)
-    refuse_other_shape(run, old, run.args.init_from)
-    if old["tokenizer"] != run.data.tokenizer:
-        sys.exit(f"--init_from={run.args.init_from} does not fit this run: it has another tokenizer")
-    run.model.load_state_dict(old["model"])
-
-
-def refuse_other_shape(run, checkpoint, name):
-    """End the program if a checkpoint's model is built in another way than this run's. Fields that GPTConfig got since
-    then count with the value that stands for how it was before: their default there."""
-    before, now = asdict(GPTConfig(**checkpoint["model_config"])), asdict(run.config)
+    # GPTConfig's defaults say how models were built before a field was added
+    before, now = asdict(GPTConfig(**old["model_config"])), asdict(run.config)
     different = [f"{field}={before[field]}" for field in now if before[field] != now[field]]
+    if old["tokenizer"] != run.data.tokenizer:
+        different.append("tokenizer")
     if different:
-        sys.exit(f"{name} does not fit this run: it has another {', '.join(different)}")
+        sys.exit(f"--init_from={run.args.init_from} does not fit this run: it has another {', '.join(different)}")
+    run.model.load_state_dict(old["model"])
 
 
 def weights_of(run):
