@@ -48,7 +48,8 @@ def run(out, *options):
 def read_log(out):
     """The log's lines, without what depends on the clock."""
     with open(f"out/{out}/log.jsonl") as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second", "time")} for line in f]
+        lines = [json.loads(line) for line in f]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "time")} for line in lines]
 
 
 def same(a, b):
@@ -102,7 +103,8 @@ def test_mix_weights_sum_to_one():
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_weight_has_one_optimizer_and_tables_do_not_decay(optimizer):
-    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, pos="learned", value_embeds=True))
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, pos="learned",
+                          value_embeds=True))
     model.blocks[0].gain = torch.nn.Parameter(torch.ones(16))  # as a fork might add
     args = train.command_line().parse_args([f"--optimizer={optimizer}", "--lr=0.01"])
     groups = [group for o in model_file.make_optimizers(model, args) for group in o.param_groups]
