@@ -381,12 +381,12 @@ class Muon(torch.optim.Optimizer):
         return self.state[p][name]
 
 
-def make_optimizers(model, args):
+def make_optimizers(model, args, embed_decay=0.0):
     """Muon for the matrices of the blocks and AdamW for all other weights, or AdamW for everything.
 
-    Embeddings and head do not decay. Alongside Muon, AdamW uses betas of 0.7 and 0.99 for them instead of the usual 0.9
-    and 0.95, since most rows of an embedding have no gradient in most steps. Value embeddings learn best at several
-    times the common rate."""
+    embed_decay is the weight decay of all that is neither a matrix of a block nor a value embedding. Alongside Muon,
+    AdamW uses betas of 0.7 and 0.99 instead of the usual 0.9 and 0.95, since most rows of an embedding have no gradient
+    in most steps. Value embeddings learn best at several times the common rate and decay."""
     matrices, value_embeds, others = [], [], []
     for name, p in model.named_parameters():
         if name.startswith("blocks.") and "embed" in name:
@@ -395,9 +395,9 @@ def make_optimizers(model, args):
             matrices.append(p)
         else:
             others.append(p)
-    groups = [{"params": others}]
-    if value_embeds:
-        groups.append({"params": value_embeds, "lr_scale": 4.0})  # see set_learning_rate() in train.py
+    groups = [{"params": others, "weight_decay": embed_decay}]
+    if value_embeds:  # for lr_scale, see set_learning_rate() in train.py
+        groups.append({"params": value_embeds, "lr_scale": 4.0, "weight_decay": 3 * embed_decay})
     if args.optimizer == "adamw":
         groups.insert(0, {"params": matrices, "weight_decay": args.weight_decay})
         return [torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95))]

@@ -231,7 +231,12 @@ class Run:
         self.model = GPT(self.config, args.embed_std).to(self.device)
         self.flops_per_token = self.model.flops_per_token()
         self.forward = self.model  # prepare_forward() wraps it; the weights are the same
-        self.optimizers = make_optimizers(self.model, args)
+        tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000  # if no time or steps are given
+        args.batch_tokens = args.batch_tokens or choose_batch_tokens(args, tokens, self.device)
+        # the sooner tokens come again, the more their embeddings must decay, lest they learn the text by heart; but what
+        # another run has learned is to be kept
+        embed_decay = 0.0 if args.init_from else min(0.1, 20 * args.batch_tokens / self.data.epoch_tokens)
+        self.optimizers = make_optimizers(self.model, args, embed_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
         # how far it has come, and how far it will go
@@ -241,8 +246,6 @@ class Run:
         elif args.init_from:
             load_initial_weights(self)
         self.first_step = self.step  # of this session
-        tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000  # if no time or steps are given
-        args.batch_tokens = args.batch_tokens or choose_batch_tokens(args, tokens, self.device)
         self.micro_batch, self.micro_steps = plan_batch(self, args.batch_size or max_micro_batch(self))
         self.step_tokens = self.micro_batch * self.micro_steps * self.processes * args.block_size
         self.max_steps = args.max_steps or math.ceil(tokens / self.step_tokens)

@@ -102,16 +102,27 @@ def test_mix_weights_sum_to_one():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_every_weight_has_one_optimizer_and_tables_do_not_decay(optimizer):
+def test_every_weight_has_one_optimizer_and_its_own_decay(optimizer):
     model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, pos="learned",
                           value_embeds=True))
     model.blocks[0].gain = torch.nn.Parameter(torch.ones(16))  # as a fork might add
     args = train.command_line().parse_args([f"--optimizer={optimizer}", "--lr=0.01"])
-    groups = [group for o in model_file.make_optimizers(model, args) for group in o.param_groups]
+    groups = [group for o in model_file.make_optimizers(model, args, 0.01) for group in o.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        assert decay[id(p)] == (0.1 if "blocks" in name and p.ndim == 2 and "embed" not in name else 0)
+        matrix = "blocks" in name and p.ndim == 2 and "value_embed" not in name
+        assert decay[id(p)] == pytest.approx(0.1 if matrix else 0.03 if "value_embed" in name else 0.01)
+
+
+@pytest.mark.parametrize("batch_tokens", [32, 96, 6400])
+def test_embeddings_decay_the_more_the_fewer_steps_an_epoch_has(in_prepared, batch_tokens):
+    options = [f"--batch_tokens={batch_tokens}", "--max_steps=1", "--out_dir=out/decay"]
+    run = train.Run(train.fill_defaults(train.command_line().parse_args([*TINY, *options])))
+    others, value_embeds = run.optimizers[1].param_groups
+    steps = load_meta("tiny")["train"]["tokens"] / batch_tokens
+    assert others["weight_decay"] == pytest.approx(min(0.1, 20 / steps))
+    assert value_embeds["weight_decay"] == pytest.approx(3 * others["weight_decay"])
 
 
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
