@@ -233,8 +233,8 @@ class Run:
         self.forward = self.model  # prepare_forward() wraps it; the weights are the same
         tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000  # if no time or steps are given
         args.batch_tokens = args.batch_tokens or choose_batch_tokens(args, tokens, self.device)
-        # the sooner tokens come again, the more their embeddings must decay, lest they learn the text by heart; but what
-        # another run has learned is to be kept
+        # the sooner tokens come again, the more their embeddings must decay, lest they learn the text by heart; but
+        # what another run has learned is to be kept
         embed_decay = 0.0 if args.init_from else min(0.1, 20 * args.batch_tokens / self.data.epoch_tokens)
         self.optimizers = make_optimizers(self.model, args, embed_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
