@@ -300,12 +300,12 @@ def pass_rates(field, probes, passed):
     return {value: interval(passed[values == value]) for value in dict.fromkeys(values.tolist())}
 
 
-def skill_accuracy(model, dataset, per_skill=200):
-    """{skill: share passed} of the first `per_skill` spans of each skill, whatever their kind; {} without spans.
+def skill_accuracy(model, encoding, probes):
+    """{skill: share passed} of the probes; {} without any.
 
-    train.py prints these. The spans section instead takes equally many spans of each kind, easy and hard."""
-    probes = read_spans(dataset, per_skill)
-    rates = pass_rates("skill", probes, passes(model, load_tokenizer(dataset), probes, "skills"))
+    train.py prints these, of the first spans of each skill, whatever their kind. The spans section instead takes
+    equally many spans of each kind, easy and hard."""
+    rates = pass_rates("skill", probes, passes(model, encoding, probes, "skills")) if probes else {}
     return {skill: rates[skill][0] for skill in SKILLS if skill in rates}
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from common import (Clock, CommandLine, check_resumable, keep_freed_memory, load_checkpoint, lock, peak_flops,
                     peak_memory, run_main, save_checkpoint, start_processes, stop_signals, trim_log)
-from eval import evaluate_mix, skill_accuracy
+from eval import evaluate_mix, read_spans, skill_accuracy
 from model import GPT, POSITIONS, SIZES, GPTConfig, lr_multiplier, make_optimizers
 from prepare import load_meta, load_tokenizer, load_tokens
 from sample import write_stories
@@ -141,26 +141,30 @@ def parse_mix(text):
 
 
 @functools.lru_cache(32)  # a shuffle takes longer than a step
-def row_starts(n_tokens, length, seed, epoch):
-    """Where the rows of an epoch start, in the order in which it visits them. Each epoch cuts the stream at different
-    places, since the same rows again would teach less."""
+def row_places(n_tokens, length, seed, epoch):
+    """Places `length` tokens apart, one for each row of an epoch, in the order in which it visits them. Each epoch has
+    other places."""
     rng = np.random.default_rng((seed, epoch))
     n_rows = n_tokens // length - 1
     offset = rng.integers(n_tokens - n_rows * length)
     return offset + length * rng.permutation(n_rows)
 
 
-def read_rows(tokens, length, first, count, seed):
+def read_rows(tokens, story_starts, length, first, count, seed):
     """Rows `first` to `first + count` of an endless walk over `tokens`, (count, length + 1) int64.
 
-    The inputs of an epoch's rows do not overlap, and leave out fewer than two rows of tokens. Rows depend on the seed
-    and the epoch alone, so that a resumed run continues the walk exactly. A row has one extra token, the target of its
-    last input."""
+    In the first epoch, a row begins with the story at its place, so that the model sees all that the story refers to,
+    unless that is a row or more before. Later epochs cut stories anywhere, since the same rows again would teach less.
+    Rows depend on the seed and the epoch alone, so that a resumed run continues the walk exactly. A row has one extra
+    token, the target of its last input."""
     n_rows = len(tokens) // length - 1
     rows = np.empty((count, length + 1), np.int64)
     for i in range(count):
         epoch, place = divmod(first + i, n_rows)
-        start = row_starts(len(tokens), length, seed, epoch)[place]
+        start = row_places(len(tokens), length, seed, epoch)[place]
+        story = story_starts[np.searchsorted(story_starts, start, side="right") - 1]
+        if epoch == 0 and start - story < length:
+            start = story
         rows[i] = tokens[start:start + length + 1]
     return rows
 
@@ -179,7 +183,7 @@ class TrainData:
         self.first = next(iter(self.mix))
         self.tokenizer = self.metas[self.first]["tokenizer"]["sha256"]
         self.hashes = [meta["train"]["sha256"] for meta in self.metas.values()]
-        self.tokens = []  # of each dataset, a memory-mapped array
+        self.tokens, self.story_starts = [], []  # of each dataset; tokens are memory-mapped
         for name, meta in self.metas.items():
             tokens = load_tokens(name, "train")
             if meta["tokenizer"]["sha256"] != self.tokenizer:
@@ -191,6 +195,7 @@ class TrainData:
                 sys.exit(f"{name} has {len(tokens)} train tokens, fewer than two rows: lower --block_size or add "
                          "stories")
             self.tokens.append(tokens)
+            self.story_starts.append(np.flatnonzero(tokens[:-1] == meta["eot"]))
         self.rows_read = [0] * len(self.tokens)
         self.epoch_tokens = sum(map(len, self.tokens))
 
@@ -202,7 +207,7 @@ class TrainData:
         rows = np.empty((count, self.length + 1), np.int64)
         for i, tokens in enumerate(self.tokens):
             n = int((source == i).sum())
-            rows[source == i] = read_rows(tokens, self.length, self.rows_read[i], n, self.seed)
+            rows[source == i] = read_rows(tokens, self.story_starts[i], self.length, self.rows_read[i], n, self.seed)
             self.rows_read[i] += n
         return torch.from_numpy(rows)
 
@@ -250,6 +255,11 @@ class Run:
         self.step_tokens = self.micro_batch * self.micro_steps * self.processes * args.block_size
         self.max_steps = args.max_steps or math.ceil(tokens / self.step_tokens)
         self.compiling = should_compile(self)
+
+    @functools.cached_property
+    def probes(self):
+        """{dataset: marked words of its validation stories} for the evaluations along the way."""
+        return {name: read_spans(name, 50) for name in self.data.mix}
 
     def progress(self):
         """The share of the run that is done, from 0 to 1 or a little above."""
@@ -634,15 +644,27 @@ def evaluate_and_save(run):
     if run.rank > 0:
         return
     started = time.perf_counter()
-    result = evaluate_mix(run.model, run.data.mix, run.args.eval_stories)
+    result = {**evaluate_mix(run.model, run.data.mix, run.args.eval_stories), **skill_scores(run, run.probes)}
     run.log(**result)
     encoding = load_tokenizer(run.data.first)
     ids, = write_stories(run.model, encoding, "", 300, [run.args.seed + run.step], temperature=0.8)
     story = encoding.decode(ids).replace("\n", "\n  ")
-    run.say(f"step {run.step:,}: train loss {run.train_loss:.3f}, val_bpb {result['val_bpb']:.4f}, {time_left(run)}\n"
-            f"  {story}")
+    passed = "".join(f", {name.removeprefix('accuracy_')} {share:.0%}"
+                     for name, share in result.items() if name.startswith("accuracy_"))
+    run.say(f"step {run.step:,}: train loss {run.train_loss:.3f}, val_bpb {result['val_bpb']:.4f}{passed}, "
+            f"{time_left(run)}\n  {story}")
     save_run(run)
     run.clock.paused_seconds += time.perf_counter() - started
+
+
+def skill_scores(run, probes):
+    """{accuracy_<skill>: share of held-out marked words that the model gets right}. probes: {dataset: list of them}."""
+    shares = {}
+    for name in run.data.mix:
+        suffix = f"/{name}" if len(run.data.mix) > 1 else ""
+        for skill, share in skill_accuracy(run.model, load_tokenizer(name), probes[name]).items():
+            shares[f"accuracy_{skill}{suffix}"] = share
+    return shares
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -660,20 +682,34 @@ def is_summarized(run):
 def finish(run):
     """Score all validation stories, print three stories and the summary, and log the scores."""
     run.say(f"trained and saved in {run.out_dir}; scoring all validation stories")
-    result = evaluate_mix(run.model, run.data.mix)
-    for name in run.data.mix:
-        suffix = f"/{name}" if len(run.data.mix) > 1 else ""
-        for skill, share in skill_accuracy(run.model, name).items():
-            result[f"accuracy_{skill}{suffix}"] = share
+    probes = {name: read_spans(name, 200) for name in run.data.mix}
+    result = {**evaluate_mix(run.model, run.data.mix), **skill_scores(run, probes)}
     encoding = load_tokenizer(run.data.first)
     seeds = range(run.args.seed, run.args.seed + 3)
     for i, ids in enumerate(write_stories(run.model, encoding, "", 500, seeds, temperature=0.8), 1):
         print(f"\nStory {i}:\n{encoding.decode(ids)}")
+    show_ladder(run, result)
     print(f"\nmore stories: python sample.py {run.out_dir}; what it has learned: python eval.py {run.out_dir}\n")
     for name, value in {**result, **summarize(run)}.items():
         text = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name + ': ':20}{text}")
     run.log(**result, final=True)
+
+
+def show_ladder(run, result):
+    """Print how the accuracy of each skill has grown: a bar of up to ten marks for each evaluation.
+
+    The last row is of 200 words of each skill, the others of 50: a rise or fall of a few percent is chance."""
+    with open(run.log_path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file] + [{**result, "step": run.step}]
+    names = [name for name in result if name.startswith("accuracy_")]
+    if names:
+        print("\nThe share of held-out marked words that it got right:")
+        print(f"{'step':>8}  " + "".join(f"{name.removeprefix('accuracy_'):18}" for name in names))
+        for line in lines:
+            if "final" not in line and all(name in line for name in names):
+                bars = "".join(f"{'#' * round(10 * line[name]):10} {line[name]:4.0%}   " for name in names)
+                print(f"{line['step']:8,}  {bars}")
 
 
 def summarize(run):

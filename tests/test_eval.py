@@ -137,7 +137,8 @@ def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
         span, = record["spans"]
         before = record["story"][:span["start"]]
         expected.append(cost(before, record["story"][span["start"]:span["end"]]) < cost(before, span["wrong"]))
-    assert eval.skill_accuracy(model, "x") == {"reasoning": pytest.approx(np.mean(expected))}
+    probes = eval.read_spans("x", 200)
+    assert eval.skill_accuracy(model, encoding, probes) == {"reasoning": pytest.approx(np.mean(expected))}
     assert 0.1 < np.mean(expected) < 0.9
     for record in records:
         span, = record["spans"]
@@ -146,7 +147,8 @@ def test_skill_accuracy_is_the_share_of_right_words_that_cost_less(workplace):
         span.update(end=span["start"] + len(span["wrong"]), wrong=right)
     write_jsonl(workplace / "data/x/stories.jsonl", records)
     prepare(["--dataset=x", "--tokenizer=x"])
-    assert eval.skill_accuracy(model, "x")["reasoning"] == pytest.approx(1 - np.mean(expected))
+    probes = eval.read_spans("x", 200)
+    assert eval.skill_accuracy(model, encoding, probes)["reasoning"] == pytest.approx(1 - np.mean(expected))
 
 
 def test_loss_of_each_skill(in_prepared):

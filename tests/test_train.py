@@ -79,16 +79,25 @@ def wait_for(path, process, at_least=1):
 
 
 @pytest.mark.parametrize("n_tokens", [60, 89, 1000])  # 60: one row of an epoch, the fewest that train.py accepts
-def test_an_epoch_visits_almost_every_token_once_in_rows_of_its_own(n_tokens):
+def test_rows_begin_with_the_story_at_their_place_in_the_first_epoch(n_tokens):
     tokens, length, n_rows = np.arange(n_tokens, dtype=np.uint16), 30, n_tokens // 30 - 1
-    rows = train.read_rows(tokens, length, 0, 40 * n_rows, seed=1)
+    stories = np.array([0, 5, 20, 120, 130, 140, 180])  # the third is longer than three rows
+    stories = stories[stories < n_tokens]
+    rows = train.read_rows(tokens, stories, length, 0, 400 * n_rows, seed=1)
     assert all((row == np.arange(row[0], row[0] + 31)).all() for row in rows)
-    epochs = rows[:, 0].reshape(40, n_rows)  # where the rows of each epoch start
-    assert all((np.diff(sorted(starts)) == length).all() for starts in epochs)
-    assert len(set(epochs.min(1) % length)) > 15  # cut at other places
-    again = [train.read_rows(tokens, length, i, 1, seed=1)[0] for i in range(40 * n_rows)]
-    assert (np.stack(again) == rows).all()  # however it is cut into steps
-    assert train.read_rows(tokens, length, 0, 40 * n_rows, seed=2)[:, 0].tolist() != rows[:, 0].tolist()
+    assert set(rows.flat) == set(range(n_tokens))  # nothing is left out for good
+    starts = rows[:, 0].reshape(400, n_rows)
+    places = np.stack([train.row_places(n_tokens, length, 1, epoch) for epoch in range(400)])
+    assert all((np.diff(sorted(epoch)) == length).all() for epoch in places)
+    assert len(set(places.min(1) % length)) > 15  # other places in each epoch
+    for start, place in zip(starts[0], places[0]):
+        story = max(story for story in stories if story <= place)
+        assert start == (story if place - story < length else place)
+    assert (starts[1:] == places[1:]).all()
+    again = [train.read_rows(tokens, stories, length, i, 1, seed=1)[0] for i in range(400 * n_rows)]
+    assert (np.stack(again) == rows).all()  # however the walk is cut into steps
+    other = train.read_rows(tokens, stories, length, 0, 400 * n_rows, seed=2)
+    assert other[:, 0].tolist() != rows[:, 0].tolist()
 
 
 def test_mix_weights_sum_to_one():
@@ -336,20 +345,20 @@ def test_a_run_interrupted_while_it_was_scored_is_scored_when_resumed(in_prepare
     with monkeypatch.context() as patch:
         patch.setattr(train, "skill_accuracy", interrupted)
         with pytest.raises(KeyboardInterrupt, match="--resume"):
-            run("unscored", "--max_steps=3")
+            run("unscored", "--max_steps=3", "--evals=0")
     capsys.readouterr()
-    run("unscored", "--max_steps=3", "--resume")
+    run("unscored", "--max_steps=3", "--evals=0", "--resume")
     assert "\nval_bpb: " in capsys.readouterr().out
-    run("unscored", "--max_steps=3", "--resume")
+    run("unscored", "--max_steps=3", "--evals=0", "--resume")
     assert "is finished" in capsys.readouterr().out
     with monkeypatch.context() as patch:  # made longer, its old scores do not count
         patch.setattr(train, "skill_accuracy", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run("unscored", "--max_steps=5", "--resume")
+            run("unscored", "--max_steps=5", "--evals=0", "--resume")
     with open("out/unscored/log.jsonl", "a") as log:
         log.write('{"step": 5, "fin')  # as a kill leaves it
     capsys.readouterr()
-    run("unscored", "--max_steps=5", "--resume")
+    run("unscored", "--max_steps=5", "--evals=0", "--resume")
     assert "\nval_bpb: " in capsys.readouterr().out
 
 
@@ -498,6 +507,16 @@ def test_the_run_ends_with_a_summary_to_grep(in_prepared, capsys):
     assert {"val_bpb", "val_loss", "train_loss", "steps", "tokens", "tokens_per_second", "seconds"} <= summary.keys()
     assert float(summary["val_loss"]) < math.log(512) and int(summary["tokens"]) == 30 * 256
     assert "Story 3:" in out and "MFLOPs per token" in out and "tokens per epoch" in out
+
+
+def test_each_evaluation_says_how_far_the_ladder_is_climbed(in_prepared, capsys):
+    run("climb", "--max_steps=40", "--evals=4", "--optimizer=adamw")
+    ladder = capsys.readouterr().out.split("got right:\n")[1].split("\n\n")[0].splitlines()
+    logged = [(line["step"], line["accuracy_reasoning"]) for line in read_log("climb") if "accuracy_reasoning" in line]
+    assert [step for step, _ in logged] == [10, 20, 30, 40]
+    assert ladder[0].split() == ["step", "reasoning"]
+    printed = [(int(row.split()[0]), int(row.split()[-1][:-1])) for row in ladder[1:]]
+    assert printed == [(step, round(100 * share)) for step, share in logged]
 
 
 def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
