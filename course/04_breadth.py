@@ -8,7 +8,7 @@ from lesson import command_line, grade, prepare, run_main, train, write_world
 
 def main(argv=None):
     args = command_line(__doc__).parse_args(argv)
-    write_world("world", n=50_000)
+    write_world("world", n=30_000)
     prepare("world")
     write_world("wide", n=50_000, facts=3)
     prepare("wide", tokenizer="world")

@@ -10,7 +10,7 @@ MODEL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "embed_std": 1, "lr": 0.005, "
 
 def main(argv=None):
     args = command_line(__doc__).parse_args(argv)
-    write_world("world", n=50_000)
+    write_world("world", n=30_000)
     write_world("lego", kind="lego", min_vars=1, max_vars=3, in_order=True)
     prepare("lego", clean=False, vocab_size=257)
     prepare("bytes", input="data/world", tokenizer="lego")

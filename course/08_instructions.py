@@ -8,7 +8,7 @@ from lesson import command_line, grade, prepare, run, run_main, train, write_wor
 
 def main(argv=None):
     args = command_line(__doc__).parse_args(argv)
-    write_world("world", n=50_000)
+    write_world("world", n=30_000)
     prepare("asked", input="data/world", instruct=True, hold_out="words+summary")
     runs = []
     for seed in args.seeds:

@@ -19,7 +19,7 @@ def main(argv=None):
     parser.option("max_cost", math.inf, "dollars that each corpus may cost at most (default: no limit)", low=0)
     args = parser.parse_args(argv)
 
-    write_world("world", n=50_000)
+    write_world("world", n=30_000)
     prepare("world")
     corpora = ["data/world/stories.jsonl", *sorted(glob.glob("data/tinystories/*valid.txt"))]
     if args.model:

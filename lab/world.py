@@ -1,20 +1,21 @@
 """Write stories of a small simulated world, in which the right answers are known, to data/<name>/stories.jsonl.
 
-A story is told from a state: who there is, who owns what, and where things are. Words that follow from the state are
-marked as spans, each with a tempting wrong answer. The vocabulary and the plots are in data/words.json. Here is one of
-the plots, with "…" for what is left out. A child wants two things and may have one:
+A story is a child's day: perhaps a scene or two at home, then some outside with a friend, then a plot, and an ending
+that comes back to what has happened. It is told from a state: who there is, who owns what, and where things are. Words
+that follow from the state are marked as spans, each with a tempting wrong answer. The vocabulary, the scenes and the
+plots are in data/words.json. Here is a plot, with "…" for what is left out. A child wants two things and may have one:
 
     "exclusion": {"cast": ["say friend"],
       "plot": ["things x,y pet-wishes|toys|treats|clothes", "mix p1,p2 x,y", "thing shop shops", "thing why reasons",
-               "say likes / shop ask", {"0.75": ["mix y,w y,x 1", "say no !fuss then happy?"],
-                                        "0.25": ["mix y,w x,y 1", "say yes then-yes happy?"]}, "own y a"],
+               "say likes / shop ask", {"0.75": ["let y,w y,x", "say no !fuss then stays happy?"],
+                                        "0.25": ["let y,w x,y", "say yes then-yes stays happy?"]}],
       "summary": "{a} goes to {shop} with {g} and gets {y.an}.",
-      "lines": {"no": ["But {g} shook {g.his} head. “{why},” {@replied} {g}. “You cannot <have|has> {x.an}.”", …],
-                "then": ["So {a} chose the other thing, and they <went|go> home with {y.an!exclusion/w}.", …], …}}
+      "lines": {"no": ["But {g} shook {g.his} head. “{why},” {@replied} {g}. “You cannot have {x.an}.”", …],
+                "then": ["So {a} chose the other thing, and they went home with {y.an!exclusion/w}.", …], …}}
 
 "plot" is a list of steps. A step is the name of a method of `Tale` and its arguments. Most arguments are roles, such as
-x, which somebody or something plays. Before the first step, a and b are two children, g a grown-up, and h a place; z is
-a small treasure unless a step says otherwise.
+x, which somebody or something plays. Before the first step, a and b are two children (or animals with names), g is a
+grown-up, and h is a place; z is a small treasure unless a step says otherwise.
 
     things x,y …        choose one of the lists, say toys, and two of its words: x is a violin, and y is a puppet
     mix p1,p2 x,y       p1 and p2 are x and y in random order: "likes" names p1 first, and so gives nothing away
@@ -22,33 +23,36 @@ a small treasure unless a step says otherwise.
     say likes / …       tell the sentence "likes", end the paragraph, tell "shop", and "ask", in which a asks for x
     {"0.75": …, …}      take one of these lists of steps, with these probabilities, which must all be different; in
                         [[…], […]], all lists are equally likely
-    mix y,w y,x 1       with probability 1, y stays y, and w is x, the wrong answer; the other branch swaps x and y
-    say no !fuss …      "!name" is a conflict, told in a quarter of the stories; "name?" is told in 60 % of them;
+    let y,w y,x         y stays y, and w is x, the wrong answer; in the other branch, y is x
+    say no !fuss …      "!name" is a conflict, told in 15 % of the stories; "name?" is told in 60 % of them;
                         "name~" is told unless the story ends badly
-    own y a             from now on, y belongs to a
+    own, give, put      change the state: who has a thing, and where it is; see the methods
 
 "lines" has several tellings of each sentence, and one of them is chosen. A telling is text with these parts:
 
     {y.an}              who or what plays y, in a form: a puppet. `forms_of` and `person` list the forms
     {a*}                a's name, or perhaps "he" or "she" where that can only mean a
-    {x_place}           what the state says of x: x_place, x_owner; and a_has, the first thing that a owns
+    {x_place}           what the state says of x: x_place, x_owner; and a_has, the last thing that a got
     {@replied}          a random word of the list "replied"; {@toys.s} is one in a form
     [so|and]            either wording
-    <went|go>           a span of grammar: the right word, and a wrong one
+    <bit|bites>         a span of grammar: the right word, and a wrong one. The words in the table "grammar", such as
+                        went, are such spans wherever they stand, but for those after "I" and "you"
     {y.an!exclusion/w}  a span of the kind "exclusion": y is right, and w is wrong. The kind "fact" takes knowledge of
                         facts; "who", "what" and "where" take context; all other kinds take reasoning
 
-This is the record that comes out, here of story 22,652 of seed 1. `bits` is the cost of all random choices:
+This is the record that comes out, here of story 5,961 of seed 1. `bits` is the cost of all random choices:
 
-    {"story": "A gentle girl named Pia … So Pia chose the other thing, and they went home with a puppet. …",
+    {"story": "In winter, a quick boy named Alan … So Alan chose the other thing, and they went home with a pancake. …",
      "split": "train", "plot": "exclusion",
-     "spans": […, {"start": 424, "end": 428, "skill": "grammar", "wrong": "go"},
-               {"start": 439, "end": 447, "skill": "reasoning", "wrong": "a violin", "kind": "exclusion"}, …],
-     "bits": 86.472, "words": ["go", "puppet", "shy"], "features": ["dialogue"],
-     "summary": "Pia goes to the fair with Grandma and gets a puppet."}
+     "spans": […, {"start": 466, "end": 470, "skill": "grammar", "wrong": "go"},
+               {"start": 481, "end": 490, "skill": "reasoning", "wrong": "a marshmallow", "kind": "exclusion"}, …],
+     "bits": 102.953, "words": ["rush", "marshmallow", "quick"], "features": ["dialogue"],
+     "summary": "Alan goes to the big store with Mom and gets a pancake."}
 
 To add a plot, write it under "plots" in the group "reasoning", "facts" or "tracking", with tellings for each of its
-sentences and for "bad", "twist" and "moral", which `tell_story` uses at the end. All plots share the lines of "frame".
+sentences and for "bad", "twist", "moral" and "end", which `tell_story` uses at the end. All plots share the lines of
+"frame". A scene is written in the same way under "scenes", without "cast" and "summary". It is told before the friend
+comes if it has "home": true. Its line "end", if it has one, may be told near the end of the story.
 """
 import functools
 import itertools
@@ -73,11 +77,13 @@ with open(WORDS_FILE, encoding="utf-8") as file:
     WORDS = json.load(file)
 LISTS = {**WORDS["nouns"], **WORDS["verbs"], **WORDS["adjectives"], **WORDS["lists"]}
 LISTS["places"] = LISTS["places in"] + LISTS["places at"]
-LISTS["names"] = LISTS["girls"] + LISTS["boys"]
+# girls and boys in turn, so that the small world has both
+LISTS["names"] = [name for pair in zip(LISTS["girls"], LISTS["boys"], strict=True) for name in pair]
 VOCABULARY = {name: set().union(*WORDS[name].values()) for name in ("verbs", "nouns", "adjectives")}
 SKILL_OF_KIND = {"fact": "fact", "who": "context", "what": "context", "where": "context"}  # all others: reasoning
 WRONG_CASE = {"he": "him", "him": "he", "his": "he", "she": "her", "her": "she"}
 VAL_SHARE = 0.03  # of the stories
+SMALL = 6  # the small world uses so many words of a list, rows of a table and tellings of a sentence, at most
 
 # -----------------------------------------------------------------------------------------------------------------
 # words
@@ -116,7 +122,13 @@ AnyWord = namedtuple("AnyWord", "words form word_class capital")  # {@hobbies.in
 Role = namedtuple("Role", "player form skill kind rival capital")  # {x_place!where/y}; player ["x", "place"]
 
 
+# {x.an}, <went|go>, and words that are spans of grammar wherever they stand, but for "I want", where both are right
+PIECES = re.compile(r"(\{[^}]*\}|<[^>]*>|\b(?<!\bI )(?<!\b[Yy]ou )(?:" + "|".join(WORDS["grammar"]) + r")\b)")
+
+
 def parse_part(piece, capital):
+    if piece in WORDS["grammar"]:
+        piece = f"<{piece}|{WORDS['grammar'][piece]}>"
     if piece.startswith("<"):
         pair = piece[1:-1].split("|")
         verbs = [word for word in pair if word in VOCABULARY["verbs"] and set(pair) <= set(forms_of(word).values())]
@@ -141,7 +153,7 @@ def parse(telling):
     wordings = []
     for texts in itertools.product(*options):
         parts, before = [], ""
-        for piece in filter(None, re.split(r"(\{[^}]*\}|<[^>]*>)", "".join(texts))):
+        for piece in filter(None, PIECES.split("".join(texts))):
             begins_sentence = bool(re.search(r"(^|[.!?]”? |“)$", before))
             parts.append(parse_part(piece, begins_sentence))
             before += piece
@@ -159,10 +171,12 @@ def with_lines(plot):
 
 PLOTS = {name: {**with_lines(plot), "group": group}
          for group, plots in WORDS["plots"].items() for name, plot in plots.items()}
-ASIDES = [with_lines(aside) for aside in WORDS["asides"].values()]  # short scenes, for a story of any plot
+# short scenes, for a story of any plot: {(group, home): scenes}. Those at home are told before the friend comes
+SCENES = {(group, home): [with_lines(scene) for scene in scenes.values() if scene.get("home", False) == home]
+          for group, scenes in WORDS["scenes"].items() for home in (True, False)}
 TABLES = {name: list(facts.items()) for name, facts in WORDS["facts"].items()}  # {name: rows}
 TABLES["tools-for"] = [(tool, *texts) for tool, texts in WORDS["tools-for"].items()]
-TABLES |= {"deeds": WORDS["deeds"], "warnings": WORDS["warnings"]}
+TABLES |= {name: WORDS[name] for name in ("deeds", "warnings", "signs", "measures")}
 
 # -----------------------------------------------------------------------------------------------------------------
 # the state of the world
@@ -187,21 +201,32 @@ def person(name, noun, pronoun):
 
 
 @functools.cache
-def distances(n, split):
-    """How far apart two entries of a list of n are if a story sets one against the other: in val about half the list,
-    in train any other distance. So no pair of a right and a wrong answer occurs in both splits."""
-    return [d for d in range(1, n) if (abs(2 * d - n) <= max(1, n // 20)) == (split == "val")]
+def partners(index, n, split):
+    """The indices below n that a story may set against this one. In val, these are the two next to it on a ring; in
+    train, all others. So no pair of a right and a wrong answer occurs in both splits, but train tells each word apart
+    from nearly all others."""
+    return [other for other in range(n) if other != index and ((other - index) % n in (1, n - 1)) == (split == "val")]
+
+
+@functools.cache
+def sums(sign, split):
+    """Pairs (n, k) of numbers from 2 to 10, where k is larger if sign is 1 and smaller if it is -1. They differ by two
+    or more, so that several come or go. In val, n + k is 9 or 13, and neither is twice the other."""
+    return [(n, k) for n in range(2, 11) for k in range(2, 11)
+            if (k - n) * sign > 1 and (n + k in (9, 13) and n != 2 * k and k != 2 * n) == (split == "val")]
 
 
 class Tale:
     """A story in the making: its world, its text, and what chance has cost. STEPS lists the methods that plots call."""
 
-    def __init__(self, rng):
+    def __init__(self, rng, limit=None):
         self.rng, self.bits = rng, 0.0  # bits: -log2 of the probability of all choices so far
+        self.limit = limit  # of the words of a list, rows of a table and tellings of a sentence; None: all are used
         self.plot, self.split, self.bad, self.features = "", "train", False, []  # bad: whether it ends badly
         self.roles = {}  # {role: Entity}
         self.text, self.spans = "", []
         self.lines = {}  # {sentence: tellings}, for `say`
+        self.last_scene = None  # (lines, roles) of a scene whose end is told near the end of the story
         self.recent = []  # the people of the last telling
         self.mentions = {}  # {name: (how often it is in the text, where it begins for the last time)}
         self.used = {word_class: [] for word_class in VOCABULARY}  # words of the vocabulary that are in the text
@@ -211,8 +236,9 @@ class Tale:
     def choose(self, options, weights=None):
         """One of the options. They are equally likely if there are no weights."""
         if not weights:
-            self.bits += math.log2(len(options))
-            return options[int(self.rng.random() * len(options))]
+            n = len(options)
+            self.bits += math.log2(n)
+            return options[int(self.rng.random() * n)]
         index = self.rng.choices(range(len(options)), weights)[0]
         self.bits -= math.log2(weights[index] / sum(weights))
         return options[index]
@@ -225,15 +251,26 @@ class Tale:
         self.bits -= math.log2(p if happens else 1 - p)
         return happens
 
+    def number(self, mean):
+        """One of the two whole numbers next to `mean`, which is their mean in the long run."""
+        return int(mean) + self.chance(mean % 1)
+
     def shuffle(self, items, n):
         """The first n of the items in random order."""
         items = list(items)
         return [items.pop(self.choose(range(len(items)))) for _ in range(n)]
 
     def pair(self, n):
-        """Two indices below n, at one of the `distances`."""
+        """Two indices below n that may be set against each other."""
         first = self.choose(range(n))
-        return first, (first + self.choose(distances(n, self.split))) % n
+        return first, self.choose(partners(first, n, self.split))
+
+    def words(self, category):
+        return LISTS[category][:self.limit]
+
+    def fresh(self, words):
+        """Those words that play no role in the text so far, or all if each one does."""
+        return [word for word in words if word not in self.mentions] or words
 
     # steps that set up: they say who or what plays a role
 
@@ -244,16 +281,31 @@ class Tale:
 
     def thing(self, role, category):
         """"thing p places": p is a word of the list "places"."""
-        self.roles[role] = Entity(forms_of(self.choose(LISTS[category])), category)
+        self.roles[role] = Entity(forms_of(self.choose(self.fresh(self.words(category)))), category)
 
     def things(self, roles, categories, owners=""):
         """"things x,y toys|clothes a": x and y are two toys or two clothes, and x belongs to a; with a,b, y to b."""
         category = self.choose(categories.split("|"))
-        words = LISTS[category]
-        self.assign(roles, [Entity(forms_of(words[index]), category) for index in self.pair(len(words))])
+        words = self.words(category)
+        first = self.choose(self.fresh(words))
+        partner_indices = partners(words.index(first), len(words), self.split)
+        second = self.choose(self.fresh([words[index] for index in partner_indices]))
+        self.assign(roles, [Entity(forms_of(word), category) for word in (first, second)])
         if owners:
             for role, owner in zip(roles.split(","), owners.split(",")):
                 self.own(role, owner)
+
+    def another(self, role, other):
+        """"another u y": u is one more word of y's list, which may be set against y."""
+        category = self.roles[other].category
+        words, taken = self.words(category), [entity.forms[""] for entity in self.roles.values()]
+        others = partners(words.index(self.roles[other].forms[""]), len(words), self.split)
+        word = self.choose([words[index] for index in others if words[index] not in taken])
+        self.roles[role] = Entity(forms_of(word), category)
+
+    def let(self, roles, players):
+        """"let y,w y,x": y stays y, and w is x."""
+        self.assign(roles, [self.roles[player] for player in players.split(",")])
 
     def mix(self, roles, players, p=0.5):
         """"mix k,o c1,c2 0.7": with probability 0.7, k is c1 and o is c2; otherwise, k is c2 and o is c1."""
@@ -261,31 +313,31 @@ class Tale:
         self.assign(roles, entities if self.chance(float(p)) else entities[::-1])
 
     def row(self, roles, table):
-        """"row deed,more,less deeds": the three are a row of the table "deeds"."""
-        self.assign(roles, self.choose(TABLES[table]))
+        """"row deed,more,less deeds": the three are a row of the table "deeds". With "d1,m1,l1/d2,m2,l2", two rows."""
+        groups = roles.split("/")
+        for group, row in zip(groups, self.shuffle(TABLES[table][:self.limit], len(groups))):
+            self.assign(group, row)
 
     def entry(self, roles, table):
         """"entry m,k,w baby": m and k are a row of the table "baby", cow and calf; w begins another row, dog."""
-        index, other = self.pair(len(TABLES[table]))
-        self.assign(roles, TABLES[table][index] + TABLES[table][other])
+        rows = TABLES[table][:self.limit]
+        index, other = self.pair(len(rows))
+        self.assign(roles, rows[index] + rows[other])
 
     def sum(self, roles, sign):
-        """"sum n,m,k -1": there are n, m of them go, and k are left. With 1, m more come. In val, n + k is 9 or 18."""
-        pairs = [(n, k) for n in range(2, 11) for k in range(2, 11)
-                 if (k - n) * int(sign) > 1 and ((n + k) % 9 == 0) == (self.split == "val")]
-        n, k = self.choose(pairs)
+        """"sum n,m,k -1": there are n, m of them go, and k are left. With 1, m more come."""
+        n, k = self.choose(sums(int(sign), self.split))
         self.assign(roles, [LISTS["count words"][number - 1] for number in (n, abs(k - n), k)])
 
     def friend(self, role):
-        """"friend c": c is one more child, at one of the `distances` from b in the list of names."""
+        """"friend c": c is one more child, who may be set against b."""
         a, b = self.cast_indices
-        indices = [(b + distance) % len(self.names) for distance in distances(len(self.names), self.split)]
-        self.child(role, self.choose([index for index in indices if index != a]))
+        self.child(role, self.choose([index for index in partners(b, len(self.names), self.split) if index != a]))
 
     def child(self, role, index):
         name = self.names[index]
         if self.animals:
-            noun, pronoun = self.choose(LISTS["cast animals"]), self.choose(("he", "she"))
+            noun, pronoun = self.choose(self.words("cast animals")), self.choose(("he", "she"))
         else:
             noun, pronoun = ("girl", "she") if name in LISTS["girls"] else ("boy", "he")
         self.roles[role] = person(name, noun, pronoun)
@@ -293,7 +345,7 @@ class Tale:
     def cast(self):
         """Before the plot: a and b are children, or animals with names, and g is the grown-up who looks after them."""
         self.animals = self.chance(0.3)
-        self.names = LISTS["animal names" if self.animals else "names"]
+        self.names = self.words("animal names" if self.animals else "names")
         self.cast_indices = self.pair(len(self.names))
         for role, index in zip("ab", self.cast_indices):
             self.child(role, index)
@@ -334,7 +386,7 @@ class Tale:
         """"fact": tell something that everybody knows. The wrong answer is the right one for something else."""
         table = self.choose(list(WORDS["facts"]))
         self.entry("s,f,v,w", table)
-        self.tell(self.choose(WORDS["fact tellings"][table]))
+        self.tell(self.choose(WORDS["fact tellings"][table][:self.limit]))
 
     def say(self, *names):
         """"say likes / ask !fuss happy?": tell these sentences. The top of this file explains the signs."""
@@ -344,8 +396,8 @@ class Tale:
                 self.recent = []
             elif (name.endswith("?") and self.chance(0.4)) or (name.endswith("~") and self.bad):
                 continue
-            elif not name.startswith("!") or self.feature("conflict", 0.25):
-                self.tell(self.choose(self.lines[name.strip("!?~")]))
+            elif not name.startswith("!") or self.feature("conflict", 0.15):
+                self.tell(self.choose(self.lines[name.strip("!?~")][:self.limit]))
 
     def tell(self, telling):
         self.render(self.choose(parse(telling)))
@@ -395,7 +447,7 @@ class Tale:
         self.recent = people
 
     def render_any_word(self, part):
-        word = self.choose(part.words)
+        word = self.choose(part.words[:self.limit])
         text = forms_of(word)[part.form]
         if part.word_class:
             self.used[part.word_class].append(word)
@@ -431,17 +483,17 @@ class Tale:
         self.mentions[name] = (count + 1, start)
 
     def player(self, role, state=""):
-        """The Entity that plays a role; or its owner, its place, or the first thing that it has."""
+        """The Entity that plays a role; or its owner, its place, or the last thing that it got."""
         if role == "z" and role not in self.roles:
             self.thing("z", "treasures")
         entity = self.roles[role]
         if state == "has":
-            return entity.has[0]
+            return entity.has[-1]
         return getattr(entity, state) if state else entity
 
     def describe(self, entity):
         """Choose an adjective for an entity, and put it into the forms "full", "a" and "intro"."""
-        adjective = self.choose(LISTS[self.choose(WORDS["describes"][entity.category])])
+        adjective = self.choose(self.words(self.choose(WORDS["describes"][entity.category])))
         name, start = entity.forms[""], f"{article(adjective)} {adjective}"
         entity.forms = {**entity.forms, "full": f"{adjective} {name}", "a": f"{start} {name}"}
         if entity.pronoun:
@@ -460,63 +512,101 @@ class Tale:
         return rival.forms[form]
 
 
-STEPS = {"thing": Tale.thing, "things": Tale.things, "mix": Tale.mix, "row": Tale.row, "entry": Tale.entry,
-         "sum": Tale.sum, "friend": Tale.friend, "own": Tale.own, "give": Tale.give, "put": Tale.put,
-         "feature": Tale.feature, "fact": Tale.fact, "say": Tale.say}
+STEPS = {"thing": Tale.thing, "things": Tale.things, "another": Tale.another, "let": Tale.let, "mix": Tale.mix,
+         "row": Tale.row, "entry": Tale.entry, "sum": Tale.sum, "friend": Tale.friend, "own": Tale.own,
+         "give": Tale.give, "put": Tale.put, "feature": Tale.feature, "fact": Tale.fact, "say": Tale.say}
 
 # -----------------------------------------------------------------------------------------------------------------
 # a story from beginning to end, and a chain
 
 
-def tell_story(rng, facts=1.0, reasoning=1.0):
-    """One story, as a Tale. `facts` and `reasoning` scale how much of the corpus is about each."""
-    tale = Tale(rng)
-    scale = {"reasoning": reasoning, "facts": facts, "tracking": 1.0}
-    tale.plot = tale.choose(list(PLOTS), [scale[plot["group"]] for plot in PLOTS.values()])
-    tale.split = "val" if tale.chance(VAL_SHARE) else "train"
+def tell_story(rng, size="large", facts=1.0, context=1.0, reasoning=1.0):
+    """One story, as a Tale. `facts`, `context` and `reasoning` scale how much of the corpus is about each."""
+    tale = Tale(rng, SMALL if size == "small" else None)
+    # weights of one plot: seven of eight stories have a plot about reasoning
+    weights = {"reasoning": 3 * reasoning, "facts": 0.5 * facts, "tracking": 0.5 * context}
+    tale.plot = tale.choose(list(PLOTS), [weights[plot["group"]] for plot in PLOTS.values()])
     plot = PLOTS[tale.plot]
+    tale.split = "val" if tale.chance(VAL_SHARE) else "train"
     tone = "quiet lines" if tale.chance(0.3) else "lines"
+    tale.lines = plot[tone]
     tale.bad = tale.feature("bad ending", 0.2)
     tale.cast()
     tale.thing("h", "outdoors")
-    tale.lines = plot[tone]
-    tale.say("open", "life?")
+    tell_opening(tale, draw_scenes(tale, True, context, reasoning), tone)
     tale.follow(plot["cast"])
+    friend_is_there = tale.roles["b"].forms[""] in tale.mentions  # in some plots, b comes later
     outcome = ""  # of an omen
-    if not tale.bad and tale.feature("foreshadowing", 0.25):
-        omen, outcome = tale.choose(WORDS["omens"])
+    if not tale.bad and tale.feature("foreshadowing", 0.15):
+        omen, outcome = tale.choose(WORDS["omens"][:tale.limit])
         tale.tell(omen)
-    tale.say("scene?", "/")
-    tell_asides(tale, tone, facts, reasoning)
-    tale.lines = plot[tone]
+    elif tale.chance(0.1):
+        tale.say("scene")
+    tale.say("/")
+    if tale.feature("conflict", 0.05):
+        tale.say("quarrel" if friend_is_there else "quarrel-home", "/")
+    for _ in range(tale.number(0.9 * facts)):
+        tale.fact()
+    if friend_is_there:
+        tell_scenes(tale, draw_scenes(tale, False, context, reasoning), tone)
     tale.say("/")
     tale.follow(plot["plot"])
     tale.say("/")
-    if tale.bad:
-        tale.say("bad", "bad-end")
-    else:
-        if tale.feature("plot twist", 0.25):
-            tale.say(tale.choose(("twist", "surprise")))
-        if outcome:
-            tale.tell(outcome)
-        tale.say("/", "good-end")
-    if tale.feature("moral value", 0.3):
+    tell_ending(tale, outcome)
+    if tale.feature("moral value", 0.2):
         tale.say("bad-moral" if tale.bad else "moral")
     return tale
 
 
-def tell_asides(tale, tone, facts, reasoning):
-    """Between the opening and the plot, tell perhaps a quarrel, then facts, then short scenes that take reasoning."""
-    b_is_there = tale.roles["b"].forms[""] in tale.mentions  # in some plots, b comes later
-    if tale.feature("conflict", 0.1):
-        tale.say("quarrel" if b_is_there else "quarrel-home", "/")
-    for _ in range(int(0.4 * facts) + tale.chance(0.4 * facts % 1)):
-        tale.fact()
-    asides = [aside for aside in ASIDES if b_is_there or "alone" in aside]
-    for _ in range(int(0.6 * reasoning) + tale.chance(0.6 * reasoning % 1)):
-        aside = tale.choose(asides)
-        tale.lines = aside[tone]
-        tale.follow(aside["plot"])
+def draw_scenes(tale, home, context, reasoning):
+    """Scenes at home or outside, in random order: on average 0.58 about reasoning and 0.2 about context."""
+    scenes = []
+    for group, mean in (("reasoning", 0.58 * reasoning), ("tracking", 0.2 * context)):
+        candidates = SCENES[group, home]
+        scenes += tale.shuffle(candidates, min(tale.number(mean), len(candidates)))
+    return tale.shuffle(scenes, len(scenes))
+
+
+def tell_scenes(tale, scenes, tone):
+    """Tell them, each with roles of its own. The last one that has an "end" is kept for the end of the story."""
+    lines, roles = tale.lines, tale.roles
+    for scene in scenes:
+        tale.lines, tale.roles = scene[tone], dict(roles)
+        tale.follow(scene["plot"])
+        tale.say("/")
+        if "end" in tale.lines:
+            tale.last_scene = tale.lines, tale.roles
+    tale.lines, tale.roles = lines, roles
+
+
+def tell_opening(tale, scenes, tone):
+    """Who the story is about, the scenes at home, and the way out."""
+    if scenes:
+        tale.say("open", "/")
+        tell_scenes(tale, scenes, tone)
+        tale.say("go-out")
+        return
+    tale.say(tale.choose(("open", "open-out")))
+    if tale.chance(0.2):
+        tale.say("life")
+
+
+def tell_ending(tale, outcome):
+    """How the plot ends, and what became of a scene, unless the story ends badly."""
+    if tale.bad:
+        tale.say("bad", "bad-end")
+        return
+    if tale.feature("plot twist", 0.12):
+        tale.say(tale.choose(("twist", "surprise")))
+    if outcome:
+        tale.tell(outcome)
+    tale.say("/")
+    if tale.last_scene:
+        lines, roles = tale.lines, tale.roles
+        tale.lines, tale.roles = tale.last_scene
+        tale.say("end")
+        tale.lines, tale.roles = lines, roles
+    tale.say(tale.choose(("end", "good-end"), (0.9, 0.1)))
 
 
 def lego(rng, min_vars=3, max_vars=6, in_order=True):
@@ -560,8 +650,6 @@ def record_of(tale):
               "bits": round(tale.bits, 3)}
     if tale.plot == "lego":
         return record
-    tale.text = ""
-    tale.render(parse(PLOTS[tale.plot]["summary"])[0])
     if '"' in story:
         tale.features.append("dialogue")
     record["words"] = []  # a verb, a noun and an adjective of the story
@@ -570,6 +658,8 @@ def record_of(tale):
         candidates = words or [base_forms[word] for word in story.split() if word in base_forms]
         record["words"].append(tale.rng.choice(candidates))
     record["features"] = [feature for feature in FEATURES if feature in tale.features]
+    tale.text = ""
+    tale.render(parse(PLOTS[tale.plot]["summary"])[0])
     record["summary"] = tale.text.rstrip()
     return record
 
@@ -604,10 +694,10 @@ def ensure_prepared():
                 sys.exit(f"{source['file']} has changed since it was prepared: run python prepare.py --dataset=world")
         return
     if "RANK" in os.environ:
-        sys.exit("data/world is not prepared: run python -m lab.world --n=50000 and python prepare.py before torchrun")
+        sys.exit("data/world is not prepared: run python -m lab.world --n=30000 and python prepare.py before torchrun")
     if not os.path.exists(os.path.join("data", "world", "stories.jsonl")):
-        print("data/world is empty: writing 50,000 stories of the built-in world (python -m lab.world)")
-        write(50_000)
+        print("data/world is empty: writing 30,000 stories of the built-in world (python -m lab.world)")
+        write(30_000)
     print("preparing data/world (python prepare.py --dataset=world)")
     # in a process of its own, so that its workers need not import train.py and torch where they are spawned
     script = os.path.join(os.path.dirname(os.path.dirname(WORDS_FILE)), "prepare.py")
@@ -618,19 +708,23 @@ def ensure_prepared():
 
 def main(argv=None):
     parser = CommandLine(__doc__.splitlines()[0])
-    parser.option("n", 50_000, "number of stories", low=1)
+    parser.option("n", 30_000, "number of stories", low=1)
     parser.option("seed", 1, "story i depends on the seed and on i alone", low=0)
     parser.option("kind", "world", "world: stories; lego: chains of variables to resolve", choices=["world", "lego"])
     parser.option("name", "", "folder under data/; by default the kind")
+    parser.option("size", "large", "small: a world of fewer words, names and sentences", choices=["large", "small"])
     parser.option("facts", 1.0, "how much of the stories is about facts (0: nothing)", low=0, high=100)
-    parser.option("reasoning", 1.0, "how much of the stories is about reasoning (0: nothing)", low=0, high=100)
+    parser.option("context", 1.0, "how much of the stories is about who has what and where it is", low=0, high=100)
+    parser.option("reasoning", 1.0, "how much of the stories is about reasoning (0: almost nothing)", low=0, high=100)
     parser.option("min_vars", 3, "fewest variables of a LEGO chain", low=1, high=26)
     parser.option("max_vars", 6, "most variables of a LEGO chain for train; twice as many for val", low=1, high=26)
     parser.option("in_order", True, "resolve LEGO's variables along the chain; False: in any order")
     args = parser.parse_args(argv)
     if args.min_vars > args.max_vars:
         parser.error(f"--min_vars={args.min_vars} is more than --max_vars={args.max_vars}: raise --max_vars")
-    options = ("min_vars", "max_vars", "in_order") if args.kind == "lego" else ("facts", "reasoning")
+    if args.kind == "world" and not (args.facts or args.context or args.reasoning):
+        parser.error("--facts, --context and --reasoning are all 0: leave one of them above 0")
+    options = ("min_vars", "max_vars", "in_order") if args.kind == "lego" else ("size", "facts", "context", "reasoning")
     name, started = args.name or args.kind, time.time()
     if os.path.exists(os.path.join("data", name, "stories.jsonl")):
         sys.exit(f"data/{name}/stories.jsonl exists: choose another name with --name, or delete it first")

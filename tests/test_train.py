@@ -525,7 +525,7 @@ def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
     options = ["--max_steps=4", "--evals=0", "--n_layer=1", "--n_embd=32", "--compile=False", "--device=cpu"]
     train.main([*options, "--out_dir=out/first"])
     out = capsys.readouterr().out
-    assert "writing 50,000 stories of the built-in world" in out and "preparing data/world" in out
+    assert "writing 30,000 stories of the built-in world" in out and "preparing data/world" in out
     summary = dict(line.split(":", 1) for line in out.split("\n\n")[-1].splitlines())
     assert 0.1 < float(summary["floor_bpb"]) < 0.3 < float(summary["val_bpb"])
     assert all(0 <= float(summary[f"accuracy_{skill}"]) <= 1 for skill in ("grammar", "fact", "context", "reasoning"))
