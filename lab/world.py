@@ -2,8 +2,8 @@
 
 A story is a child's day: perhaps a scene or two at home, then some outside with a friend, then a plot, and an ending
 that comes back to what has happened. It is told from a state: who there is, who owns what, and where things are. Words
-that follow from the state are marked as spans, each with a tempting wrong answer. The vocabulary, the scenes and the
-plots are in data/words.json. Here is a plot, with "…" for what is left out. A child wants two things and may have one:
+that follow from the state are marked as spans, each with a tempting wrong answer. Vocabulary, scenes and plots are in
+data/words.json. Here is a plot, with "…" for what is left out. A child wants two things and may have one:
 
     "exclusion": {"cast": ["say friend"],
       "plot": ["things x,y pet-wishes|toys|treats|clothes", "mix p1,p2 x,y", "thing shop shops", "thing why reasons",
@@ -42,7 +42,7 @@ grown-up, and h is a place; z is a small treasure unless a step says otherwise.
 
 This is the record that comes out, here of story 5,961 of seed 1. `bits` is the cost of all random choices:
 
-    {"story": "In winter, a quick boy named Alan … So Alan chose the other thing, and they went home with a pancake. …",
+    {"story": "In winter, a quick boy … So Alan chose the other thing, and they went home with a pancake. …",
      "split": "train", "plot": "exclusion",
      "spans": […, {"start": 466, "end": 470, "skill": "grammar", "wrong": "go"},
                {"start": 481, "end": 490, "skill": "reasoning", "wrong": "a marshmallow", "kind": "exclusion"}, …],
@@ -236,9 +236,8 @@ class Tale:
     def choose(self, options, weights=None):
         """One of the options. They are equally likely if there are no weights."""
         if not weights:
-            n = len(options)
-            self.bits += math.log2(n)
-            return options[int(self.rng.random() * n)]
+            self.bits += math.log2(len(options))
+            return options[int(self.rng.random() * len(options))]
         index = self.rng.choices(range(len(options)), weights)[0]
         self.bits -= math.log2(weights[index] / sum(weights))
         return options[index]

@@ -632,8 +632,8 @@ def test_the_loop_waits_for_a_gpu_only_where_it_logs(in_prepared, monkeypatch):
 
 
 def test_saving_is_left_out_of_the_speed(in_prepared, monkeypatch):
-    """A slow disk says nothing about the speed of training. Evaluations come after 2, 4 and 6 steps, and weights are kept
-    after 1, 2, 4 and 8."""
+    """A slow disk says nothing about the speed of training. Evaluations come after 2, 4 and 6 steps, and weights are
+    kept after 1, 2, 4 and 8."""
     finished = []
     monkeypatch.setattr(train, "save_checkpoint", lambda checkpoint, path: time.sleep(0.05))
     monkeypatch.setattr(train, "finish", finished.append)

@@ -137,7 +137,7 @@ def test_the_record_at_the_top_of_the_file_is_real():
     for key in ("bits", "words", "features"):
         assert f'"{key}": {json.dumps(record[key])}' in world.__doc__
     answer = "So Alan chose the other thing, and they went home with a pancake."
-    for sentence in ("In winter, a quick boy named Alan", answer):
+    for sentence in ("In winter, a quick boy", answer):
         assert sentence in record["story"] and sentence in world.__doc__
 
 
@@ -332,7 +332,7 @@ def rule_of(before):
     before = re.sub(r',?" (said [\w ]+|[\w ]+ said)[,.] "', ", ", before)  # "If it rains," said Mia, "we will …"
     wear = re.findall(r"If it is (cold|warm), wear the (\w+)", before) \
         or [pair[::-1] for pair in re.findall(r"(\w+) \w+ on (cold|warm) days", before)] \
-        or [("cold", color) for color in re.findall(r"[Tt]he (\w+) (?:ones were thick|\w+ keep out the cold)", before)] \
+        or [("cold", color) for color in re.findall(r"[Tt]he (\w+) (?:ones were thick|\w+ keep out)", before)] \
         + [("warm", color) for color in re.findall(r"the (\w+) ones (?:were for summer|are light)", before)]
     take = [(match.start(), match[1], match[2]) for match in re.finditer(
         r"[Ii]f ([a-z ]+), (?:let us take |we will take )?the ([\w -]+?)[.,]", before)]
@@ -362,7 +362,7 @@ def test_consequence_follows_from_the_text(sample):
                 re.search(rf"if {clause}(?: tomorrow)?, we will go to the ([a-z ]+)[.,]", plan, re.I),
                 re.search(rf"{day} day they would go to the ([a-z ]+?)(?:\.|,| and)", plan),
                 re.search(rf"to the ([a-z]+(?: [a-z]+)?) if it is {wet}", plan)) if match)
-        other = re.search("(left|told|not need|no need for|what about|will take|will see|thought of|another day for) the $|"
+        other = re.search("(left|told|not need|no need for|what about|will take|thought of|another day for) the $|"
                           "[.,:] (and )?the $", text, re.I) or after.startswith((" stayed", " had to wait"))
         assert (bare(right) == expected) == (not other), (text, right, after, expected, story)
 
@@ -375,7 +375,8 @@ RULES_OUT = {"either-or": r"looked in {one}\b|not (in |at |to )?{one}\b|is it {o
                          r"not eat {many}\b|afraid of {many}\b"}
 # what stands before and after an answer that says what became of a thing that was ruled out
 LEFT_OVER_BEFORE = (r"((to eat|nobody ate|have|and s?he petted|at all and went to|will take|that left|got|wanted|"
-                    r"nobody looked in|closed|done with|threw away|and left|need|angry with|sorry,\".* to) the|does not like) $")
+                    r"nobody looked in|closed|done with|threw away|and left|need|angry with|sorry,\".* to) the|"
+                    r"does not like) $")
 LEFT_OVER_AFTER = "^ stayed on|^ had done nothing"
 
 
