@@ -68,8 +68,10 @@ def six_gigabytes(*options):
 
         class Card:
             total_memory = 5_300_000_000
-            multi_processor_count = real(0).multi_processor_count
-        torch.cuda.get_device_properties = lambda device: Card
+
+            def __getattr__(self, name):  # all else is as it is
+                return getattr(real(0), name)
+        torch.cuda.get_device_properties = lambda device: Card()
     train.main(options)
 
 
