@@ -74,7 +74,7 @@ def command_line():
     parser.option("batch_tokens", None, "total batch size in tokens, over all micro steps and processes (default: "
                   "4096; on a GPU up to 65536, the more the longer the run)", type=int, low=1)
     parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation (default: "
-                  "32; on a GPU what half of its memory holds, at most 128)", type=int, low=1)
+                  "8192 tokens; on a GPU what half of its memory holds, at most 128 rows)", type=int, low=1)
     # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
@@ -309,7 +309,7 @@ def choose_batch_tokens(args, tokens, device):
 def max_micro_batch(run):
     """The largest micro batch in rows, unless --batch_size is given: on a GPU, what half of its memory holds."""
     if run.device.type != "cuda":
-        return 32
+        return max(1, 8192 // run.config.block_size)
     # what the backward pass needs of each token without compiling: about 50 bytes per channel and layer, as a test
     # measures it, and 12 per logit (in 16 bits, in float32, and its gradient)
     token_bytes = 50 * run.config.n_layer * run.config.n_embd + 12 * run.config.vocab_size

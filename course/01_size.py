@@ -1,24 +1,28 @@
 """Lesson 1: skills appear in an order as models grow: grammar, then facts and context, reasoning last.
 
 Four sizes, from 3,072 to 786,432 parameters without embedding and head, learn from the same 2.5 million tokens. They
-are graded on spans (words of held-out stories of the world that need one skill), on probes (data/probes.json), and at
-the checkpoints of steps 1, 2, 4, 8, …, which lesson 2 needs.
+are graded on spans (words of held-out stories of the world that need one skill) or, for real stories, on probes
+(data/probes.json), and at the checkpoints of steps 1, 2, 4, 8, …, which lesson 2 needs.
 """
 from lesson import command_line, grade, run_main, train
 
 SHAPES = [(1, 16), (1, 64), (4, 64), (4, 128)]  # (layers, channels)
-PREFIX = {"world": "size", "tinystories": "real-size"}  # of the runs' folders
+EXPERIMENTS = {
+    "world": {"prefix": "size", "only": "loss,spans,steps"},
+    "tinystories": {"prefix": "real-size", "only": "loss,probes,steps"},
+}
 
 
 def main(argv=None):
     parser = command_line(__doc__)
-    parser.option("dataset", "world", "what to train on", choices=list(PREFIX))
+    parser.option("dataset", "world", "what to train on", choices=list(EXPERIMENTS))
     args = parser.parse_args(argv)
+    experiment = EXPERIMENTS[args.dataset]
     runs = []
     for seed in args.seeds:
         for n_layer, n_embd in SHAPES:
             runs.append(train(
-                out_dir=f"out/{PREFIX[args.dataset]}-{n_layer}x{n_embd}-{seed}",
+                out_dir=f"out/{experiment['prefix']}-{n_layer}x{n_embd}-{seed}",
                 dataset=args.dataset,
                 n_layer=n_layer,
                 n_embd=n_embd,
@@ -28,7 +32,7 @@ def main(argv=None):
                 evals=0,
                 keep="log",  # keep the weights of steps 1, 2, 4, 8, …
             ))
-    grade(runs, only="loss,probes,spans,steps")
+    grade(runs, only=experiment["only"])
 
 
 if __name__ == "__main__":

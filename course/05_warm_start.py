@@ -1,35 +1,35 @@
 """Lesson 5, part 3: one task is a warm start for another.
 
-Two tasks, LEGO and the stories of the world as single bytes: each alone, one after the other in both orders, and both
-mixed from the start. `lego-long` is the control: as many tokens of LEGO as `story-then-lego` sees of both.
+The task is LEGO in any order, for models of two layers. One starts afresh, one has resolved LEGO in order before, and one
+has read the stories of the world as single bytes. `mental-long` is the control: as many tokens of the task as the others
+see of both.
 """
 from lesson import command_line, grade, prepare, run_main, train, write_world
 
-MODEL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "embed_std": 1, "lr": 0.005, "evals": 0}
+MODEL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "embed_std": 1, "lr": 0.02, "block_size": 40, "batch_tokens": 4000,
+         "evals": 0}
 
 
 def main(argv=None):
     args = command_line(__doc__).parse_args(argv)
+    write_world("mental", n=400_000, kind="lego", min_vars=1, max_vars=4, in_order=False)
+    prepare("mental", clean=False, vocab_size=259)
+    write_world("lego", n=400_000, kind="lego", min_vars=1, max_vars=3, in_order=True)
+    prepare("lego-first", input="data/lego", clean=False, tokenizer="mental")
     write_world("world", n=30_000)
-    write_world("lego", kind="lego", min_vars=1, max_vars=3, in_order=True)
-    prepare("lego", clean=False, vocab_size=257)
-    prepare("bytes", input="data/world", tokenizer="lego")
+    prepare("bytes", input="data/world", tokenizer="mental")
 
-    graded_on_stories, graded_on_lego = [], []
+    runs = []
     for seed in args.seeds:
         same = {**MODEL, "seed": seed, "max_steps": args.max_steps}
-        lego = train(f"out/lego-2-{seed}", dataset="lego", max_tokens=4_000_000, **same)  # a run of part 1
-        story = train(f"out/story-{seed}", dataset="bytes", max_tokens=2_000_000, **same)
-        lego_then_story = train(f"out/lego-then-story-{seed}", dataset="bytes", max_tokens=2_000_000, init_from=lego,
-                                **same)
-        story_then_lego = train(f"out/story-then-lego-{seed}", dataset="lego", max_tokens=4_000_000, init_from=story,
-                                **same)
-        lego_long = train(f"out/lego-long-{seed}", dataset="lego", max_tokens=6_000_000, **same)
-        both = train(f"out/both-{seed}", dataset="lego:2,bytes:1", max_tokens=6_000_000, **same)
-        graded_on_stories += [story, lego_then_story, story_then_lego, both]
-        graded_on_lego += [lego, story_then_lego, lego_long, lego_then_story, both]
-    grade(graded_on_stories, dataset="bytes", only="loss")
-    grade(graded_on_lego, dataset="lego", only="spans")
+        lego = train(f"out/lego-first-{seed}", dataset="lego-first", max_tokens=2_000_000, **same)
+        story = train(f"out/story-first-{seed}", dataset="bytes", max_tokens=2_000_000, **same)
+        task = {"dataset": "mental", "max_tokens": 2_000_000, **same}
+        runs += [train(f"out/mental-short-{seed}", **task),
+                 train(f"out/lego-then-mental-{seed}", init_from=lego, **task),
+                 train(f"out/story-then-mental-{seed}", init_from=story, **task),
+                 train(f"out/mental-long-{seed}", **{**task, "max_tokens": 4_000_000})]
+    grade(runs, only="spans", context=80)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ def main(argv=None):
 
     run("lab.interpret", *inspected)
     grade(runs, only=experiment["only"])
-    run("eval.py", *longer, context=256, only="loss")
-    run("lab.compare", *(f"{out_dir}/context256.eval.json" for out_dir in longer), seeds=True)
+    grade(longer, context=256, only="loss")
 
 
 if __name__ == "__main__":

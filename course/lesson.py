@@ -52,9 +52,6 @@ def start_process(stage, arguments):
 
 def train(out_dir, max_steps=0, **options):
     """Train a model, or resume a run that was stopped (a finished one is left as it is). Returns the run's folder."""
-    # as when the lessons' figures were measured
-    lr = 0.002 if options.get("optimizer") == "adamw" else 0.02
-    options = {"qk_gain": 0, "value_embeds": False, "lr": lr, **options}
     if max_steps:
         out_dir = f"out/quick/{os.path.basename(out_dir)}"  # kept apart from runs of full length
         limits = ("max_tokens", "max_flops", "max_minutes")
@@ -77,7 +74,8 @@ def write_world(name, **options):
         run("lab.world", name=name, **options)
 
 
-def grade(runs, **options):
-    """Evaluate runs, and print a table in which the seeds of one setting share a column: mean [lowest, highest]."""
-    run("eval.py", *runs, **options)
-    run("lab.compare", *runs, seeds=True)
+def grade(runs, context=0, **options):
+    """Evaluate runs, with another context if there is one, and print a table in which the seeds of one setting share a
+    column: mean [lowest, highest]."""
+    run("eval.py", *runs, **options, **({"context": context} if context else {}))
+    run("lab.compare", *(f"{name}/context{context}.eval.json" if context else name for name in runs), seeds=True)

@@ -611,8 +611,13 @@ def tell_ending(tale, outcome):
 def lego(rng, min_vars=3, max_vars=6, in_order=True):
     """A chain of variables instead of a story, as a Tale (after LEGO, Zhang et al. 2022, arXiv 2206.04301):
 
-        r = -j, l = -1, j = +l.     the clauses, in random order: the chain is l, j, r
-        l = -1, j = -1, r = +1.     the values, in the order of the chain or in any order; each is a span
+        r=-j,l=-1,j=+l     the clauses, in random order: the chain is l, j, r
+        l=-1,j=-1,r=+1     the values, in the order of the chain or in any order; each sign is a span
+
+    Prepared with a vocabulary of 259, `=-` and `=+` are the only tokens of two characters, so that every sign stands
+    right behind the name of its variable.
+
+    For val, chains are up to twice as long; spans of those that are longer than any in train are of a kind of their own.
 
     The depth of a span is its place in the chain, from 0. In any order, it is the number of variables between this one
     and the nearest whose value is known: a reader has to resolve these without writing them down."""
@@ -625,17 +630,16 @@ def lego(rng, min_vars=3, max_vars=6, in_order=True):
     signs = [tale.choose((1, -1)) for _ in letters]
     values = [math.prod(signs[:i + 1]) for i in range(n)]
     order = range(n) if in_order else tale.shuffle(range(n), n)
-    clauses = [f"{letter} = {'+' if sign > 0 else '-'}{source}"
+    kind = ("lego" if in_order else "lego in any order") + (", longer" if n > max_vars else "")
+    clauses = [f"{letter}={'+' if sign > 0 else '-'}{source}"
                for letter, sign, source in zip(letters, signs, ["1", *letters])]
-    tale.text = ", ".join(tale.shuffle(clauses, n)) + ".\n"
+    tale.text = ",".join(tale.shuffle(clauses, n))
     for i, place in enumerate(order):
-        tale.text += f"{letters[place]} = "
+        tale.text += f"{',' if i else chr(10)}{letters[place]}="
         gap = min(abs(place - known) for known in (-1, *order[:i])) - 1  # -1 is the place of the number 1
         tale.spans.append({"start": len(tale.text), "end": len(tale.text) + 2, "skill": "reasoning",
-                           "kind": "lego" if in_order else "lego in any order", "wrong": f"{-values[place]:+d}",
-                           "depth": place if in_order else gap})
-        tale.text += f"{values[place]:+d}, "
-    tale.text = tale.text[:-2] + "."
+                           "kind": kind, "wrong": f"{-values[place]:+d}", "depth": place if in_order else gap})
+        tale.text += f"{values[place]:+d}"
     return tale
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -734,7 +738,8 @@ def main(argv=None):
     print("spans per 100 words: " + ", ".join(f"{skill} {100 * total[skill] / total['words']:.2f}"
                                               for skill in ("grammar", "fact", "context", "reasoning")))
     if total["val"]:
-        print(f"next: python prepare.py --dataset={name}" + (" --clean=False" if args.kind == "lego" else ""))
+        options = " --clean=False --vocab_size=259" if args.kind == "lego" else ""
+        print(f"next: python prepare.py --dataset={name}{options}")
     else:
         print("none of these stories is for val: raise --n to train on them")
 

@@ -211,18 +211,20 @@ def test_heuristics_are_counted_right(in_prepared, monkeypatch):
     found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], "one of mine")
     assert found["fact, the most frequent in train"][0] == 1 and found["fact, by chance"][0] == pytest.approx(1 / 3)
     assert found["fact: x"] == found["fact"] and found["measured with"] == "one of mine"
-    lego = "r = -j, j = +1. / j ="
-    assert eval.mentions(" +1", lego) == [12] and not eval.mentions(" -1", lego)
+    lego = "r=-j,j=+1\nj="
+    assert eval.mentions("+1", lego) == [7] and not eval.mentions("-1", lego)
 
 
 def test_spans_are_probes_by_kind_and_depth(workplace):
     world.main(["--n=2000", "--kind=lego", "--seed=3"])
-    prepare(["--dataset=lego", "--vocab_size=300", "--clean=False"])
+    prepare(["--dataset=lego", "--vocab_size=259", "--clean=False"])
+    encoding = load_tokenizer("lego")
+    assert [encoding.decode([i]) for i in encoding.encode_ordinary("r=-j,j=+1")] == ["r", "=-", "j", ",", "j", "=+", "1"]
     spans = eval.read_spans("lego", 5, by="kind")
     kinds = {p["kind"] for p in spans}
-    assert "lego, depth  0" in kinds and "lego, depth 10" in kinds
+    assert "lego, depth  5" in kinds and "lego, longer, depth 10" in kinds and "lego, depth  6" not in kinds
     assert all(p["right"][0][1:] == p["wrong"][0][1:] == "1" and p["right"] != p["wrong"] for p in spans)
-    subject = stand_in(make_model(vocab_size=300, block_size=128), "lego")
+    subject = stand_in(make_model(vocab_size=259, block_size=128), "lego")
     (title, found), = eval.grade(subject, ["spans"], [], SimpleNamespace(spans=5))
     assert title == "spans of lego" and {f"reasoning: {kind}" for kind in kinds} < set(found)
 

@@ -515,7 +515,7 @@ def test_lego_chains_resolve(in_order):
     longest, depths = {"train": 0, "val": 0}, set()
     for record in world.stories(2000, 2, "lego", min_vars=2, max_vars=5, in_order=in_order):
         given, resolved = record["story"].split("\n")
-        clauses = dict(re.findall(r"([a-z]) = ([+-][a-z1])", given))
+        clauses = dict(re.findall(r"([a-z])=([+-][a-z1])", given))
         longest[record["split"]] = max(longest[record["split"]], len(clauses))
 
         def resolve(name):
@@ -524,7 +524,7 @@ def test_lego_chains_resolve(in_order):
             place, value = (-1, 1) if source == "1" else resolve(source)
             return place + 1, value if sign == "+" else -value
 
-        answers = re.findall(r"([a-z]) = ([+-]1)", resolved)
+        answers = re.findall(r"([a-z])=([+-]1)", resolved)
         assert len(answers) == len(clauses) == len(record["spans"])
         known = {-1}  # places in the chain whose values can be read
         for (name, answer), span in zip(answers, record["spans"]):
