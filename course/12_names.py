@@ -1,7 +1,7 @@
 """Lesson 12: the same world with other names: what is knowledge in a trained model, and what is skill?
 
-`renamed` is `world` with an invented word for every name and every noun: milk may be a "nopik", wherever it stands. What
-the model knows of cows and milk is worth nothing there; how to tell who has what, it may still know.
+`swapped` is `world` with every name in another name's place, and every noun in another noun's: a ladder may give milk
+there, and be called a cow. What a model knows of cows is worth nothing; how to tell who has what, it may still know.
 """
 import json
 import os
@@ -16,44 +16,37 @@ from lab.world import LISTS, VOCABULARY, article, forms_of
 MODEL = {"n_layer": 4, "n_embd": 64}
 
 
-def invent_words():
-    """{word: invented word} for all names and nouns and their plurals, but for nouns that are other words as well.
+def swap_words():
+    """{word: the word in its place} for all names, nouns and plurals, but for nouns that are verbs or adjectives too.
 
-    An invented word begins with a vowel where the word has an "an" before it, so that articles stay right."""
-    rng = random.Random(1)
-    names = set(LISTS["names"] + LISTS["animal names"])
-    nouns = {word for noun in VOCABULARY["nouns"] for word in noun.split()}
-    nouns -= VOCABULARY["verbs"] | VOCABULARY["adjectives"] | set(LISTS["count words"])
-    invented = {}
-    for word in sorted(names | nouns):
-        while (new := invent_word(rng, article(word) == "an")) in invented.values():
-            pass
-        if word in names:
-            invented[word] = new.capitalize()
-        else:
-            invented[word] = new
-            invented.setdefault(forms_of(word)["s"], new + "s")
-    return invented
+    A noun after "an" takes the place of another, so that articles stay right."""
+    rng, swapped = random.Random(1), {}
+    nouns = VOCABULARY["nouns"] - VOCABULARY["verbs"] - VOCABULARY["adjectives"] - set(LISTS["count words"])
+    # no "ice cream", and none whose plural is a noun as well, such as sheep
+    nouns = sorted(noun for noun in nouns if noun.isalpha() and forms_of(noun)["s"] not in nouns)
+    groups = [sorted(set(LISTS["names"] + LISTS["animal names"])),
+              *([noun for noun in nouns if article(noun) == an] for an in ("a", "an"))]
+    for group in groups:
+        for word, other in zip(group, rng.sample(group, len(group))):
+            swapped[word] = other
+            if group is not groups[0]:
+                swapped.setdefault(forms_of(word)["s"], forms_of(other)["s"])
+    return swapped
 
 
-def invent_word(rng, starts_with_vowel):
-    syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)]
-    return rng.choice("aeiou") * starts_with_vowel + "".join(syllables) + rng.choice("kmnprt")
-
-
-def translate(text, invented):
-    """The text with an invented word for each word that has one; words of "Papa Fox" are written large as before."""
+def translate(text, swapped):
+    """The text with each word's other word in its place, with a capital where it had one."""
     def replace(match):
         word = match[0]
-        if word not in invented and word.lower() in invented:
-            return invented[word.lower()].capitalize()
-        return invented.get(word, word)
+        if word not in swapped and word.lower() in swapped:  # at the beginning of a sentence, or in "Papa Fox"
+            return swapped[word.lower()].capitalize()
+        return swapped.get(word, word)
     return re.sub(r"[A-Za-z]+", replace, text)
 
 
-def write_renamed():
-    """Write data/renamed/stories.jsonl: the stories of data/world and their spans, translated."""
-    path, invented = os.path.join("data", "renamed", "stories.jsonl"), invent_words()
+def write_swapped():
+    """Write data/swapped/stories.jsonl: the stories of data/world and their spans, translated."""
+    path, swapped = os.path.join("data", "swapped", "stories.jsonl"), swap_words()
     if os.path.exists(path):
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -61,29 +54,28 @@ def write_renamed():
         for record in map(json.loads, file):
             story = record["story"]
             for span in record["spans"]:  # they begin and end with a word, so what is before them translates alone
-                span["start"], span["end"] = (len(translate(story[:span[side]], invented)) for side in ("start", "end"))
-                span["wrong"] = translate(span["wrong"], invented)
-            output.write(json.dumps({**record, "story": translate(story, invented)}) + "\n")
+                span["start"], span["end"] = (len(translate(story[:span[side]], swapped)) for side in ("start", "end"))
+                span["wrong"] = translate(span["wrong"], swapped)
+            output.write(json.dumps({**record, "story": translate(story, swapped)}) + "\n")
 
 
 def main(argv=None):
     args = command_line(__doc__).parse_args(argv)
     write_world("world", n=30_000)
     prepare("world")
-    write_renamed()
-    prepare("renamed", tokenizer="world")
+    write_swapped()
+    prepare("swapped", tokenizer="world")
 
-    native, abroad = [], []
+    at_home, abroad = [], []
     for seed in args.seeds:
         same = {**MODEL, "seed": seed, "max_steps": args.max_steps, "evals": 0}
         known = train(f"out/known-{seed}", dataset="world", max_tokens=5_000_000, **same)
-        fresh = train(f"out/renamed-short-{seed}", dataset="renamed", max_tokens=1_000_000, **same)
-        moved = train(f"out/moved-{seed}", dataset="renamed", max_tokens=1_000_000, init_from=known, **same)
-        grown = train(f"out/renamed-long-{seed}", dataset="renamed", max_tokens=5_000_000, **same)
-        native.append(known)
-        abroad += [known, fresh, moved, grown]
-    grade(native, dataset="world", only="loss,spans")
-    grade(abroad, dataset="renamed", only="loss,spans")
+        moved = train(f"out/moved-{seed}", dataset="swapped", max_tokens=1_000_000, init_from=known, **same)
+        fresh = train(f"out/fresh-{seed}", dataset="swapped", max_tokens=1_000_000, **same)
+        at_home.append(known)
+        abroad += [known, moved, fresh]
+    grade(at_home, dataset="world", only="loss,spans")
+    grade(abroad, dataset="swapped", only="loss,spans")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import lab.interpret
 import train
 from conftest import make_stories, write_jsonl
 from eval import read_spans
+from lab.world import stories
 
 COURSE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "course")
 sys.path.insert(0, COURSE)
@@ -84,7 +85,7 @@ def classroom(prepared_world, monkeypatch):
     ("08_instructions", [], "asked-1", ["instructions of asked", "loss on asked"]),
     ("09_compute", [], "budget-1e13-4x128-1", ["loss on world"]),
     ("11_speed", [], "rung-8-vocabulary-1", ["loss on small"]),
-    ("12_names", [], "moved-1", ["loss on renamed", "spans of renamed"]),
+    ("12_names", [], "moved-1", ["loss on swapped", "spans of swapped"]),
 ])
 def test_one_step_of_a_lesson_trains_and_grades_its_models(classroom, script, options, run, sections):
     main_of(script)(["--seeds=1", "--max_steps=1", *options])
@@ -110,6 +111,19 @@ def test_lesson_10_compares_corpora_with_and_without_random_words(classroom, mon
     assert asked == {"varied": "False", "naive": "True"}
     table = capsys.readouterr().out
     assert "data/world/stories.jsonl" in table and "data/naive/stories.jsonl" in table
+
+
+def test_words_swapped_in_lesson_12_are_swapped_back_and_stay_where_their_spans_are():
+    lesson_12 = importlib.import_module("12_names")
+    swapped = lesson_12.swap_words()
+    assert len(set(swapped.values())) == len(swapped) > 1000
+    back = {other: word for word, other in swapped.items()}
+    for record in stories(20):
+        story = lesson_12.translate(record["story"], swapped)
+        assert story != record["story"] and lesson_12.translate(story, back) == record["story"]
+        for span in record["spans"]:
+            start, end = (len(lesson_12.translate(record["story"][:span[side]], swapped)) for side in ("start", "end"))
+            assert story[start:end] == lesson_12.translate(record["story"][span["start"]:span["end"]], swapped)
 
 
 def test_a_run_that_exists_is_resumed_and_a_quick_look_has_a_folder_of_its_own(workplace, monkeypatch):
