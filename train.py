@@ -74,7 +74,7 @@ def command_line():
     parser.option("batch_tokens", None, "total batch size in tokens, over all micro steps and processes (default: "
                   "4096; on a GPU up to 65536, the more the longer the run)", type=int, low=1)
     parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation (default: "
-                  "8192 tokens; on a GPU what half of its memory holds, at most 128 rows)", type=int, low=1)
+                  "as many as hold 8192 tokens; on a GPU what half of its memory holds, at most 128)", type=int, low=1)
     # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
@@ -122,10 +122,9 @@ def default_heads(n_embd):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# data: the token bins are read as one long stream, cut into rows of block_size tokens without regard to where stories
-# begin. Within a row, a story may see the end of the one before it. Rows that begin at a story hardly improve learning,
-# and repeat some tokens while they leave out others (docs/log.md). The files are mapped into memory, and never loaded
-# whole.
+# data: the token bins are read as one long stream, cut into rows of block_size tokens. In the first epoch each begins
+# at a story, later anywhere (docs/log.md). Within a row, a story may see the end of the one before it. The files are
+# mapped into memory, and never loaded whole.
 
 
 def parse_mix(text):
@@ -307,7 +306,7 @@ def choose_batch_tokens(args, tokens, device):
 
 
 def max_micro_batch(run):
-    """The largest micro batch in rows, unless --batch_size is given: on a GPU, what half of its memory holds."""
+    """The largest micro batch in rows, unless --batch_size is given: 8,192 tokens, or what half of a GPU's memory holds."""
     if run.device.type != "cuda":
         return max(1, 8192 // run.config.block_size)
     # what the backward pass needs of each token without compiling: about 50 bytes per channel and layer, as a test

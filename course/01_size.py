@@ -1,6 +1,6 @@
 """Lesson 1: skills appear in an order as models grow: grammar, then facts and context, reasoning last.
 
-Four sizes, from 3,072 to 786,432 parameters without embedding and head, learn from the same 2.5 million tokens. They
+Four sizes, from 3,073 to 786,568 parameters without embedding and head, learn from the same 2.5 million tokens. They
 are graded on spans (words of held-out stories of the world that need one skill) or, for real stories, on probes
 (data/probes.json), and at the checkpoints of steps 1, 2, 4, 8, …, which lesson 2 needs.
 """

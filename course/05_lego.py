@@ -1,8 +1,8 @@
 """Lesson 5, parts 1 and 2: each step of reasoning takes a layer, unless it is written down.
 
 LEGO: chains of variables to resolve, such as `r=-j,l=-1,j=+l`, and below it `l=-1,j=-1,r=+1`. In `lego` the variables
-are resolved along the chain, so that each step needs only the value just written; one layer learns from chains of 1 to 3
-variables. In `mental` they are resolved in any order, so that some steps are not yet written; 1, 2 and 4 layers learn
+are resolved along the chain, so that each step needs only the value just written; one layer learns from chains of 1 to
+3 variables. In `mental` they are resolved in any order, so that some steps are not yet written; 1, 2 and 4 layers learn
 from chains of 1 to 4. Both are graded by depth, on chains of up to twice these lengths.
 """
 from lesson import command_line, grade, prepare, run_main, train, write_world
@@ -32,7 +32,7 @@ def main(argv=None):
                     n_head=4,
                     embed_std=1,  # else `=+` and `=-`, which are used alike, stay one vector, in some seeds to the end
                     lr=0.02,
-                    # a row is one chain, or little more: beside other chains, it is learned later or not at all
+                    # short rows, of one or two chains: beside many others, a chain is learned later or not at all
                     block_size=experiment["block_size"],
                     batch_tokens=experiment["batch_tokens"],
                     max_tokens=experiment["max_tokens"],

@@ -1,7 +1,7 @@
 """Lesson 12: the same world with other names: what is knowledge in a trained model, and what is skill?
 
-`swapped` is `world` with every name in another name's place, and every noun in another noun's: a ladder may give milk
-there, and be called a cow. What a model knows of cows is worth nothing; how to tell who has what, it may still know.
+`swapped` is `world` with names in the places of other names, and nouns in those of other nouns: there, a ladder may
+give soup. What a model knows of cows and milk is worth nothing; how to tell who has what, it may still know.
 """
 import json
 import os
@@ -11,26 +11,28 @@ import re
 from lesson import command_line, grade, prepare, run_main, train, write_world
 
 from common import atomic_write
-from lab.world import LISTS, VOCABULARY, article, forms_of
+from lab.world import LISTS, VOCABULARY, WORDS, article, forms_of
 
 MODEL = {"n_layer": 4, "n_embd": 64}
 
 
 def swap_words():
-    """{word: the word in its place} for all names, nouns and plurals, but for nouns that are verbs or adjectives too.
+    """{word: the word in its place} for names, nouns and plurals, but for those that are other words as well.
 
-    A noun after "an" takes the place of another, so that articles stay right."""
-    rng, swapped = random.Random(1), {}
-    nouns = VOCABULARY["nouns"] - VOCABULARY["verbs"] - VOCABULARY["adjectives"] - set(LISTS["count words"])
+    Nouns with "an" are swapped among themselves, so that articles stay right."""
+    others = {form for word in VOCABULARY["verbs"] | VOCABULARY["adjectives"] for form in forms_of(word).values()}
+    others |= {"back", "can", "home", "will", *WORDS["grammar"], *LISTS["count words"]}
+    names = sorted(name for name in LISTS["names"] + LISTS["animal names"] if name.lower() not in others)
     # no "ice cream", and none whose plural is a noun as well, such as sheep
-    nouns = sorted(noun for noun in nouns if noun.isalpha() and forms_of(noun)["s"] not in nouns)
-    groups = [sorted(set(LISTS["names"] + LISTS["animal names"])),
-              *([noun for noun in nouns if article(noun) == an] for an in ("a", "an"))]
-    for group in groups:
-        for word, other in zip(group, rng.sample(group, len(group))):
+    nouns = [noun for noun in sorted(VOCABULARY["nouns"] - others)
+             if noun.isalpha() and forms_of(noun)["s"] not in VOCABULARY["nouns"] | others]
+    rng, swapped = random.Random(1), {}
+    for group in names, [n for n in nouns if article(n) == "a"], [n for n in nouns if article(n) == "an"]:
+        shuffled = rng.sample(group, len(group))
+        for word, other in zip(shuffled, shuffled[1:] + shuffled[:1]):  # each takes the place of another
             swapped[word] = other
-            if group is not groups[0]:
-                swapped.setdefault(forms_of(word)["s"], forms_of(other)["s"])
+            if group is not names:
+                swapped[forms_of(word)["s"]] = forms_of(other)["s"]
     return swapped
 
 
@@ -46,9 +48,10 @@ def translate(text, swapped):
 
 def write_swapped():
     """Write data/swapped/stories.jsonl: the stories of data/world and their spans, translated."""
-    path, swapped = os.path.join("data", "swapped", "stories.jsonl"), swap_words()
+    path = os.path.join("data", "swapped", "stories.jsonl")
     if os.path.exists(path):
         return
+    swapped = swap_words()
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open("data/world/stories.jsonl", encoding="utf-8") as file, atomic_write(path) as output:
         for record in map(json.loads, file):

@@ -77,5 +77,5 @@ def write_world(name, **options):
 def grade(runs, context=0, **options):
     """Evaluate runs, with another context if there is one, and print a table in which the seeds of one setting share a
     column: mean [lowest, highest]."""
-    run("eval.py", *runs, **options, **({"context": context} if context else {}))
+    run("eval.py", *runs, context=context, **options)
     run("lab.compare", *(f"{name}/context{context}.eval.json" if context else name for name in runs), seeds=True)

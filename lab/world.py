@@ -612,12 +612,12 @@ def lego(rng, min_vars=3, max_vars=6, in_order=True):
     """A chain of variables instead of a story, as a Tale (after LEGO, Zhang et al. 2022, arXiv 2206.04301):
 
         r=-j,l=-1,j=+l     the clauses, in random order: the chain is l, j, r
-        l=-1,j=-1,r=+1     the values, in the order of the chain or in any order; each sign is a span
+        l=-1,j=-1,r=+1     the values, in the order of the chain or in any order; each value is a span
 
     Prepared with a vocabulary of 259, `=-` and `=+` are the only tokens of two characters, so that every sign stands
     right behind the name of its variable.
 
-    For val, chains are up to twice as long; spans of those that are longer than any in train are of a kind of their own.
+    For val, chains are up to twice as long; spans in chains longer than any in train form a separate kind.
 
     The depth of a span is its place in the chain, from 0. In any order, it is the number of variables between this one
     and the nearest whose value is known: a reader has to resolve these without writing them down."""
@@ -635,7 +635,7 @@ def lego(rng, min_vars=3, max_vars=6, in_order=True):
                for letter, sign, source in zip(letters, signs, ["1", *letters])]
     tale.text = ",".join(tale.shuffle(clauses, n))
     for i, place in enumerate(order):
-        tale.text += f"{',' if i else chr(10)}{letters[place]}="
+        tale.text += ("," if i else "\n") + f"{letters[place]}="
         gap = min(abs(place - known) for known in (-1, *order[:i])) - 1  # -1 is the place of the number 1
         tale.spans.append({"start": len(tale.text), "end": len(tale.text) + 2, "skill": "reasoning",
                            "kind": kind, "wrong": f"{-values[place]:+d}", "depth": place if in_order else gap})

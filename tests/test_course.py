@@ -84,7 +84,7 @@ def classroom(prepared_world, monkeypatch):
     ("07_heads", [], "inside-4x128-1", ["loss on tinystories", "heads", "neurons"]),
     ("08_instructions", [], "asked-1", ["instructions of asked", "loss on asked"]),
     ("09_compute", [], "budget-1e13-4x128-1", ["loss on world"]),
-    ("11_speed", [], "rung-8-vocabulary-1", ["loss on small"]),
+    ("11_speed", [], "rung-10-vocabulary-1", ["loss on small"]),
     ("12_names", [], "moved-1", ["loss on swapped", "spans of swapped"]),
 ])
 def test_one_step_of_a_lesson_trains_and_grades_its_models(classroom, script, options, run, sections):

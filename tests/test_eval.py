@@ -219,7 +219,8 @@ def test_spans_are_probes_by_kind_and_depth(workplace):
     world.main(["--n=2000", "--kind=lego", "--seed=3"])
     prepare(["--dataset=lego", "--vocab_size=259", "--clean=False"])
     encoding = load_tokenizer("lego")
-    assert [encoding.decode([i]) for i in encoding.encode_ordinary("r=-j,j=+1")] == ["r", "=-", "j", ",", "j", "=+", "1"]
+    tokens = [encoding.decode([i]) for i in encoding.encode_ordinary("r=-j,j=+1")]
+    assert tokens == ["r", "=-", "j", ",", "j", "=+", "1"]
     spans = eval.read_spans("lego", 5, by="kind")
     kinds = {p["kind"] for p in spans}
     assert "lego, depth  5" in kinds and "lego, longer, depth 10" in kinds and "lego, depth  6" not in kinds
