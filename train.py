@@ -306,7 +306,7 @@ def choose_batch_tokens(args, tokens, device):
 
 
 def max_micro_batch(run):
-    """The largest micro batch in rows, unless --batch_size is given: 8,192 tokens, or what half of a GPU's memory holds."""
+    """The largest micro batch in rows, unless --batch_size is given: 8,192 tokens, or half of what a GPU holds."""
     if run.device.type != "cuda":
         return max(1, 8192 // run.config.block_size)
     # what the backward pass needs of each token without compiling: about 50 bytes per channel and layer, as a test
