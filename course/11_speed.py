@@ -5,16 +5,16 @@ change to run 9. `long` gives the best run with AdamW, the fourth, as many token
 """
 from lesson import command_line, grade, prepare, run_main, train
 
-OLD = {"qk_gain": 0, "value_embeds": False}
-PLAIN = {"optimizer": "adamw", "schedule": "cosine", "smear": False, **OLD}
+PLAIN_ATTENTION = {"qk_gain": 0, "value_embeds": False}
+PLAIN = {"optimizer": "adamw", "schedule": "cosine", "smear": False, **PLAIN_ATTENTION}
 RUNGS = {
     "1-plain": {**PLAIN, "dtype": "float32", "compile": False},
     "2-compiled": {**PLAIN, "dtype": "float32", "compile": True},
     "3-bfloat16": {**PLAIN, "compile": True},
     "4-rate": {**PLAIN, "compile": True, "lr": 0.008},
-    "5-muon": {"schedule": "cosine", "smear": False, "compile": True, **OLD},  # at a learning rate of its own
-    "6-smear": {"schedule": "cosine", "compile": True, **OLD},
-    "7-cooldown": {"compile": True, **OLD},
+    "5-muon": {"schedule": "cosine", "smear": False, "compile": True, **PLAIN_ATTENTION},  # at its own rate
+    "6-smear": {"schedule": "cosine", "compile": True, **PLAIN_ATTENTION},
+    "7-cooldown": {"compile": True, **PLAIN_ATTENTION},
     "8-gain": {"compile": True, "value_embeds": False},
     "9-value-embeds": {"compile": True},
     "10-vocabulary": {"compile": True, "dataset": "small"},

@@ -738,8 +738,8 @@ def main(argv=None):
     print("spans per 100 words: " + ", ".join(f"{skill} {100 * total[skill] / total['words']:.2f}"
                                               for skill in ("grammar", "fact", "context", "reasoning")))
     if total["val"]:
-        options = " --clean=False --vocab_size=259" if args.kind == "lego" else ""
-        print(f"next: python prepare.py --dataset={name}{options}")
+        as_lego = " --clean=False --vocab_size=259" if args.kind == "lego" else ""
+        print(f"next: python prepare.py --dataset={name}{as_lego}")
     else:
         print("none of these stories is for val: raise --n to train on them")
 
