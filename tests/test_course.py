@@ -77,7 +77,7 @@ def classroom(prepared_world, monkeypatch):
     ("02_steps", [], "size-4x128-1", ["steps"]),
     ("03_depth", [], "depth-8x44-1", ["loss on world", "spans of world"]),
     ("03_depth", ["--dataset=tinystories"], "real-depth-1x128-1", ["loss on tinystories", "probes"]),
-    ("04_breadth", [], "mix-deep-1", ["loss on world", "spans of world"]),
+    ("04_breadth", [], "broad-longer-4x32-1", ["loss on world", "spans of world"]),
     ("05_lego", [], "mental-4-1", ["spans of mental"]),
     ("05_warm_start", [], "story-then-mental-1", ["spans of mental"]),
     ("06_positions", [], "pos-none-1", ["loss on world", "heads"]),
