@@ -6,7 +6,8 @@ Adds the section "completions" to out/a/eval.json and, where stories come with i
 "instructions of NAME". All that is measured here can be counted; lab.judge asks a large model how good the text is."""
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list, split_stories
 from generate import missing_words
-from prepare import INSTRUCTIONS, instruction, load_meta, load_tokenizer, load_tokens
+from prepare import INSTRUCTIONS, instruction, load_meta, load_tokenizer, load_tokens, read_records
 from sample import generate
 
 
@@ -108,35 +109,65 @@ def rouge2_with_nearest(texts):
 def grade_instructions(subject, dataset, max_tokens):
     """{figure: interval}: how much of what instructions ask for is in the stories that the model writes after them.
 
-    Instructions are those of up to 60 validation stories. With prepare.py --hold_out=words+summary, no train story had
+    Instructions are those of up to 150 validation stories. With prepare.py --hold_out=words+summary, no train story had
     both words and a summary; instructions with both are graded apart, as held-out combinations."""
     hold_out = set(load_meta(dataset)["instruct"]["hold_out"])
+    signs = feature_signs(dataset)
     groups = {"seen": [], "held-out": []}
     for prompt, fields in read_instructions(dataset):
         is_held_out = bool(hold_out) and hold_out <= set(fields)
         group = groups["held-out" if is_held_out else "seen"]
-        if len(group) < 60 and set(fields) & {"words", "sentence", "summary"}:  # features cannot be counted in a text
+        if len(group) < 150 and fields:
             group.append((prompt, fields))
     figures = {}
     for name, group in groups.items():
         completions = complete(subject, [prompt for prompt, _ in group], max_tokens, title="following instructions")
         stories = [subject.encoding.decode(ids) for ids, in completions]
-        for title, figure in instructions_followed([fields for _, fields in group], stories).items():
+        for title, figure in instructions_followed([fields for _, fields in group], stories, signs).items():
             figures[f"{title}, {name} combinations"] = figure
     return figures
 
 
-def instructions_followed(requests, stories):
+def feature_signs(dataset, n=8_000):
+    """{feature: the 4-grams of words that, of n train stories, only those with the feature have}: signs of a feature in
+    any story. {} if the records of a dataset do not name features.
+
+    A 4-gram that has nothing to do with a feature would be a sign by chance with a probability of one in a million. A
+    feature that most stories have, such as the world's dialogue, has no signs."""
+    stories = []  # (features, 4-grams)
+    for source in load_meta(dataset)["source"]:
+        if source["file"].endswith(".jsonl") and os.path.exists(source["file"]):
+            records = (record for record in read_records(source["file"]) if record.get("split") != "val")
+            stories += [(record.get("features") or (), set(ngrams(words_of(record["story"]), 4)))
+                        for record in islice(records, n - len(stories))]
+    everywhere = Counter(fourgram for _, fourgrams in stories for fourgram in fourgrams)
+    signs = {}
+    for feature, count in Counter(feature for features, _ in stories for feature in features).items():
+        share = count / len(stories)
+        if share < 0.5:
+            with_it = Counter(g for features, fourgrams in stories if feature in features for g in fourgrams)
+            signs[feature] = {g for g, k in with_it.items() if k == everywhere[g] and share**k < 1e-6}
+    return signs
+
+
+def instructions_followed(requests, stories, signs):
     """{figure: interval} of requests, {field: text} each, and the stories that were written for them.
 
-    The controls are the words of the next request: a story has some of these by chance."""
+    The controls are what the next request asks for: a story has some of it by chance."""
     included = [fields["sentence"] in story for fields, story in zip(requests, stories) if "sentence" in fields]
     words = [fields["words"].split(", ") if "words" in fields else [] for fields in requests]
+    features = [[name for name in fields.get("features", "").split(", ") if name in signs] for fields in requests]
+
+    def count_features(names, story):
+        fourgrams = set(ngrams(words_of(story), 4))
+        return sum(not signs[name].isdisjoint(fourgrams) for name in names)
     # short words, such as "the", are in every story
     summary_words = [sorted(set(re.findall(r"\w{4,}", fields.get("summary", "")))) for fields in requests]
     return {"sentences included": interval(included),
             "words used": share_used(words, stories, count_inflected),
             "another's words": share_used(words[1:] + words[:1], stories, count_inflected),
+            "features present": share_used(features, stories, count_features),
+            "another's features": share_used(features[1:] + features[:1], stories, count_features),
             "summary's words used": share_used(summary_words, stories, count_exact),
             "another's summary's words": share_used(summary_words[1:] + summary_words[:1], stories, count_exact)}
 

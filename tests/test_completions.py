@@ -48,11 +48,16 @@ def test_what_is_counted_in_completions(run, in_prepared, tmp_path):
 
 def test_instructions_followed(workplace):
     """A parrot of the validation stories has what their instructions ask for; one that knows nothing has not."""
-    write_jsonl(workplace / "data/x/stories.jsonl", [
-        {**r, "words": ["took", r["words"][0], "happy"], "summary": r["summary"].replace("takes", "took")}
-        for r in make_stories(600)])
+    records = make_stories(600)
+    for i, r in enumerate(records):
+        r.update(words=["took", r["words"][0], "went"], summary=r["summary"].replace("takes", "took"))
+        if i % 3 == 0:
+            r["features"].append("bad ending")
+            r["story"] = r["story"].replace("They were happy", "They were not happy")
+    write_jsonl(workplace / "data/x/stories.jsonl", records)
     prepare(["--dataset=asked", "--input=data/x", "--instruct", "--hold_out=words+summary", "--vocab_size=512",
              "--val_fraction=0.2"])
+    assert set(completions.feature_signs("asked")) == {"bad ending"}  # most stories have dialogue, so it has no signs
     meta = load_meta("asked")
     encoding = load_tokenizer("asked")
     heads = [encoding.decode(ids.tolist()).partition("Story:")[0] for ids in
@@ -60,9 +65,9 @@ def test_instructions_followed(workplace):
     assert len(heads) > 400 and not any("Words:" in head and "Summary:" in head for head in heads)
     parrot = Parrot(load_tokens("asked", "val"), meta["eot"], meta["vocab_size"])
     found = completions.grade_instructions(stand_in(parrot, "asked"), "asked", 150)
-    told = ("words used", "sentences included", "summary's words used")
+    told = ("words used", "features present", "sentences included", "summary's words used")
     assert set(found) == {f"{what}, {group} combinations" for group in ("seen", "held-out")
-                          for what in (*told, "another's words", "another's summary's words")}
+                          for what in (*told, "another's words", "another's features", "another's summary's words")}
     assert all((value == [1, 1, 1]) == what.startswith(told) for what, value in found.items())
     assert all(0 < value[0] < 1 for what, value in found.items() if what.startswith("another"))
     parrot.next = {}
