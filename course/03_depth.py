@@ -1,7 +1,8 @@
 """Lesson 3: facts follow width; context and exclusion follow depth.
 
 Four shapes of 0.19M to 0.20M parameters without embedding and head, with two heads in each layer, from one wide layer
-to eight narrow ones.
+to eight narrow ones. A single layer has no value embeddings, which are in every second one; on the world, two layers
+are also trained without, to tell what is due to them.
 """
 from lesson import command_line, grade, run_main, train
 
@@ -17,14 +18,16 @@ def main(argv=None):
     parser.option("dataset", "world", "what to train on", choices=list(EXPERIMENTS))
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.dataset]
+    models = {f"{n_layer}x{n_embd}": {"n_layer": n_layer, "n_embd": n_embd} for n_layer, n_embd in SHAPES}
+    if args.dataset == "world":
+        models["2x92-without"] = {**models["2x92"], "value_embeds": False}
     runs = []
     for seed in args.seeds:
-        for n_layer, n_embd in SHAPES:
+        for name, shape in models.items():
             runs.append(train(
-                out_dir=f"out/{experiment['prefix']}-{n_layer}x{n_embd}-{seed}",
+                out_dir=f"out/{experiment['prefix']}-{name}-{seed}",
                 dataset=args.dataset,
-                n_layer=n_layer,
-                n_embd=n_embd,
+                **shape,
                 n_head=2,
                 seed=seed,
                 max_tokens=experiment["max_tokens"],

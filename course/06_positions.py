@@ -1,12 +1,12 @@
 """Lesson 6: learned distance heads do what ALiBi builds in, so positions need not be learned.
 
-Four ways to encode positions, trained with a context of 128 tokens and read with 128, then with 256 tokens (learned
-positions cannot be read with 256). No smear, which would tell every model about the previous token.
+Four ways to encode positions, trained with a context of 256 tokens and read with 256, then with 512 tokens (learned
+positions cannot be read with 512). No smear, which would tell every model about the previous token.
 """
 from lesson import command_line, grade, run, run_main, train
 
 EXPERIMENTS = {
-    "world": {"prefix": "pos", "only": "loss"},
+    "world": {"prefix": "pos", "only": "loss,spans"},
     "tinystories": {"prefix": "real-pos", "only": "loss,probes"},
 }
 
@@ -23,7 +23,6 @@ def main(argv=None):
                 out_dir=f"out/{experiment['prefix']}-{pos}-{seed}",
                 dataset=args.dataset,
                 pos=pos,
-                block_size=128,
                 n_layer=4,
                 n_embd=64,
                 n_head=4,
@@ -41,7 +40,7 @@ def main(argv=None):
 
     run("lab.interpret", *inspected)
     grade(runs, only=experiment["only"])
-    grade(longer, context=256, only="loss")
+    grade(longer, context=512, only="loss")
 
 
 if __name__ == "__main__":
