@@ -153,12 +153,12 @@ def describe(model, encoding, w, before, story, title, bits):
 
 def write_page(run, model, checkpoint, encoding, bits):
     """Write the page of a run beside its checkpoint, and return a line about it."""
-    levels, w = b"", {}
+    levels, w = [], {}
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
             sys.exit(f"{run} has weights that are no numbers: training diverged; train again with a lower --lr")
         matrix, scales, w[name] = round_rows(weight.numpy(), bits)
-        levels += matrix.tobytes() + scales.tobytes()
+        levels += [matrix.tobytes(), scales.tobytes()]
     rounded = copy.deepcopy(model)
     rounded.load_state_dict({name: torch.from_numpy(weight) for name, weight in w.items()})
     before = instruction({}) if checkpoint.get("instruct") else ""
@@ -168,7 +168,7 @@ def write_page(run, model, checkpoint, encoding, bits):
     fields = {"title": escape(title),
               "about": f"{model.num_params():,} weights ({c.n_layer} layers of {c.n_embd} channels)",
               "run": describe(rounded, encoding, w, before, story, title, bits),
-              "weights": base64.b64encode(gzip.compress(levels, mtime=0)).decode()}
+              "weights": base64.b64encode(gzip.compress(b"".join(levels), mtime=0)).decode()}
     with open(TEMPLATE, encoding="utf-8") as file:
         page = re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], file.read())
     path = (run[:-2] if run.endswith(".pt") else os.path.join(run, "")) + "story.html"
