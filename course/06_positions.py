@@ -16,7 +16,7 @@ def main(argv=None):
     parser.option("dataset", "world", "what to train on", choices=list(EXPERIMENTS))
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.dataset]
-    runs, longer, inspected = [], [], []
+    runs, longer = [], []
     for seed in args.seeds:
         for pos in ("rope", "alibi", "learned", "none"):
             out_dir = train(
@@ -35,10 +35,8 @@ def main(argv=None):
             runs.append(out_dir)
             if pos != "learned":
                 longer.append(out_dir)
-            if pos == "rope" or seed == args.seeds[0]:  # inspecting a run takes a minute or so
-                inspected.append(out_dir)
 
-    run("lab.interpret", *inspected)
+    run("lab.interpret", *runs)
     grade(runs, only=experiment["only"])
     grade(longer, context=512, only="loss")
 
