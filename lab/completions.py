@@ -129,17 +129,16 @@ def grade_instructions(subject, dataset, max_tokens):
 
 
 def feature_signs(dataset, n=8_000):
-    """{feature: the 4-grams of words that, of n train stories, only those with the feature have}: signs of a feature in
-    any story. {} if the records of a dataset do not name features.
+    """{feature: the 4-grams of words that, of the first n stories of a dataset, only those with the feature have}: signs
+    of a feature in any story. {} if the dataset's records do not name features.
 
-    A 4-gram that has nothing to do with a feature would be a sign by chance with a probability of one in a million. A
+    The probability that a 4-gram which has nothing to do with a feature becomes its sign is below one in a million. A
     feature that most stories have, such as the world's dialogue, has no signs."""
     stories = []  # (features, 4-grams)
     for source in load_meta(dataset)["source"]:
         if source["file"].endswith(".jsonl") and os.path.exists(source["file"]):
-            records = (record for record in read_records(source["file"]) if record.get("split") != "val")
             stories += [(record.get("features") or (), set(ngrams(words_of(record["story"]), 4)))
-                        for record in islice(records, n - len(stories))]
+                        for record in islice(read_records(source["file"]), n - len(stories))]
     everywhere = Counter(fourgram for _, fourgrams in stories for fourgram in fourgrams)
     signs = {}
     for feature, count in Counter(feature for features, _ in stories for feature in features).items():
@@ -161,6 +160,7 @@ def instructions_followed(requests, stories, signs):
     def count_features(names, story):
         fourgrams = set(ngrams(words_of(story), 4))
         return sum(not signs[name].isdisjoint(fourgrams) for name in names)
+
     # short words, such as "the", are in every story
     summary_words = [sorted(set(re.findall(r"\w{4,}", fields.get("summary", "")))) for fields in requests]
     return {"sentences included": interval(included),

@@ -132,7 +132,7 @@ def check(model, rounded, w, before, eot):
     return stories[0], np.mean(same)
 
 
-def describe(model, encoding, w, before, story, title, bits):
+def describe(model, encoding, w, before, story, bits):
     """What the page is told about the run, as JSON for a <script>."""
     text = encoding.decode([token for token in story if token != encoding.eot_token])
     words = text.removeprefix(before).split(" ")
@@ -164,10 +164,10 @@ def write_page(run, model, checkpoint, encoding, bits):
     before = instruction({}) if checkpoint.get("instruct") else ""
     first = [encoding.eot_token] + encoding.encode_ordinary(before)
     story, same = check(model, rounded, w, first, encoding.eot_token)
-    title, c = f"Stories by {os.path.basename(os.path.abspath(run))}", model.config
-    fields = {"title": escape(title),
+    c = model.config
+    fields = {"title": escape(f"Stories by {os.path.basename(os.path.abspath(run))}"),
               "about": f"{model.num_params():,} weights ({c.n_layer} layers of {c.n_embd} channels)",
-              "run": describe(rounded, encoding, w, before, story, title, bits),
+              "run": describe(rounded, encoding, w, before, story, bits),
               "weights": base64.b64encode(gzip.compress(b"".join(levels), mtime=0)).decode()}
     with open(TEMPLATE, encoding="utf-8") as file:
         page = re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], file.read())
@@ -180,23 +180,16 @@ def write_page(run, model, checkpoint, encoding, bits):
 # -----------------------------------------------------------------------------------------------------------------
 # the command line
 
-FORMATS = {"html": write_page}
-
 
 def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", default="", help="its folder, or a checkpoint in it (default: the newest)")
-    parser.option("to", "html", f"one or several of {', '.join(FORMATS)}, separated by commas")
-    parser.option("bits", 8, "html: for each weight; 16 are twice as large, and as good as exact", choices=(8, 16))
+    parser.option("to", "html", "what to write: a page that tells stories", choices=("html",))
+    parser.option("bits", 8, "for each weight; 16 are twice as large, and as good as exact", choices=(8, 16))
     args = parser.parse_args(argv)
-    formats = args.to.split(",")
-    for name in formats:
-        if name not in FORMATS:
-            parser.error(f"--to={name} must be one of {', '.join(FORMATS)}")
     run = args.run or newest_run()
     model, checkpoint, encoding = load_run(run)
-    for name in formats:
-        print(FORMATS[name](run, model, checkpoint, encoding, args.bits))
+    print(write_page(run, model, checkpoint, encoding, args.bits))
 
 
 if __name__ == "__main__":
