@@ -4,18 +4,27 @@ Nothing here is about language models. Read a stage first, and come here for a f
 import argparse
 import contextlib
 import ctypes
+import datetime
 import difflib
 import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import signal
+import stat
 import sys
+import tempfile
 import time
+from pathlib import Path
+
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or later is needed, and this is {sys.version.split()[0]}: install a later one, make a new "
+             "environment with it, and run pip install -r requirements.txt in that")
 
 # Options of train.py that do not change what a run learns: batch_size only sets the micro-batch size, and size is
 # stored as the shape it stands for. Runs that differ only in these and in the seed are repetitions of the same
@@ -29,6 +38,20 @@ RESUMABLE = (*HOUSEKEEPING, "max_steps", "max_tokens", "max_flops", "max_minutes
 # it that a run achieves.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+
+# What a closed terminal sends. Windows has no SIGHUP, and sends SIGBREAK.
+HANGUP = getattr(signal, "SIGHUP", None) or signal.SIGBREAK
+
+
+def report(kind, error, traceback):
+    """In place of sys.excepthook, so that Ctrl-C while torch is imported, or a missing package, gives no traceback."""
+    if issubclass(kind, ModuleNotFoundError):
+        print(f"{error}: run pip install -r requirements.txt", file=sys.stderr)
+    elif not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = report
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -47,15 +70,17 @@ class CommandLine(argparse.ArgumentParser):
         if isinstance(default, bool):  # a switch: `--name` alone means True
             type, metavar = parse_bool, "{True,False}"
             self.switches.add(f"--{name}")
+        if name in ("dataset", "name"):
+            type = dataset_name
         if default not in (None, "") and "default:" not in help:
             help += f" (default: {default})"
-        self.ranges[name] = (low, high)
+        self.ranges[name] = (low, high, default)
         self.add_argument(f"--{name}", default=default, type=type or default.__class__, choices=choices,
                           help=help.replace("%", "%%"), metavar=metavar)  # argparse formats help with %
 
     def problem(self, name, value):
         """One line that says what is wrong with a value of `--name`, or "" if nothing is."""
-        low, high = self.ranges[name]
+        low, high, default = self.ranges[name]
         if value is None:  # a default is filled in later
             return ""
         # written with `not`, so that nan, for which every comparison is false, is refused
@@ -63,6 +88,9 @@ class CommandLine(argparse.ArgumentParser):
             return f"--{name}={value} must be at least {low}"
         if high is not None and not value <= high:
             return f"--{name}={value} must be at most {high}"
+        limit = 2**63 if isinstance(value, int) else math.inf  # torch takes integers of 64 bits
+        if isinstance(value, (int, float)) and value != default and not abs(value) < limit:
+            return f"--{name}={value} is not a number, or too large"
         return ""
 
     def parse_args(self, args=None, namespace=None):
@@ -92,24 +120,61 @@ def parse_bool(text):
     return text.lower() in ("true", "1")
 
 
-def run_main(main):
-    """Run a script's main(). Ctrl-C, a closed pipe (`| head`) and a full disk end it without a traceback."""
+def dataset_name(text):
+    """The name of a folder under data/, however it is typed: x, x/ or data/x, also in a mix such as x:0.3,data/y:0.7."""
+    folder = f"(?:{re.escape(os.path.abspath('data'))}|(?:\\./)*data)/+"
+    return re.sub(f"(^|,)(?:{folder})?([^,:]+?)/*(?=[,:]|$)", r"\1\2", text.replace(os.sep, "/"))
+
+
+def run_main(main, lower="the size of the model"):
+    """Run a script's main(). What the user or the machine causes ends it without a traceback: Ctrl-C, SIGTERM, a closed
+    terminal or pipe (`| head`), files that cannot be written, and too little memory; `lower` says what takes less."""
     if hasattr(sys.stdout, "reconfigure"):  # flush every line, and replace characters that cannot be written
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    in_notebook, received = hasattr(sys, "ps1"), [signal.SIGINT]
+
+    def interrupt(number, frame):
+        received.append(number)
+        raise KeyboardInterrupt
+    for number in (signal.SIGTERM, HANGUP):
+        if not in_notebook and signal.getsignal(number) == signal.SIG_DFL:  # nohup lets a process ignore the latter
+            signal.signal(number, interrupt)
     try:
         main()
-    except KeyboardInterrupt as interrupt:
-        if interrupt.args:
-            print(interrupt, file=sys.stderr)
-        # die from the signal itself, so that a shell's loop over several commands ends too
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        if error.args:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(error, file=sys.stderr)
+        if in_notebook:
+            print("interrupted")
+        else:  # die from the signal itself, so that a shell's loop over several commands ends too
+            signal.signal(received[-1], signal.SIG_DFL)
+            signal.raise_signal(received[-1])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        line = explain(error, lower)
+        if not line:
             raise
-        sys.exit("the disk is full: free some space, then run the same command again")
+        sys.exit(line)
+
+
+def explain(error, lower):
+    """One line about an exception that a user or the machine causes, or "" for any other. `lower` takes less memory."""
+    if is_out_of_memory(error):
+        return f"out of memory: close other programs, or lower {lower}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full, or your quota is used up: free some space, then run the same command again"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot use {error.filename} ({error.strerror}): change that, or name another file or folder"
+    return ""
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out. Only GPUs have a class for that, so the texts of torch on a CPU
+    and of the system are searched."""
+    text = "out of memory|(can't|cannot) allocate memory|not enough memory|alloc_failed"
+    return isinstance(error, MemoryError) or re.search(text, str(error), re.IGNORECASE) is not None
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -127,16 +192,41 @@ def atomic_write(path, mode="w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
 
 
+def rename(old, new):
+    """Rename a file, in place of another one if that exists. Windows denies it while a virus scanner or an indexer reads
+    either of them, so it is tried again for a second."""
+    for _ in range(10):
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(old, new)
+
+
+def check_writable(folder, n_bytes=1):
+    """End the program unless n_bytes can be written to a folder, or to where it would be made. Called before long work,
+    so that a write-protected folder, a full disk or a quota does not cost it."""
+    while not os.path.exists(folder or "."):
+        folder = os.path.dirname(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder or ".") as file:
+            for start in range(0, n_bytes, 1 << 20):
+                file.write(bytes(min(1 << 20, n_bytes - start)))
+    except OSError as error:
+        sys.exit(f"cannot write {-(-n_bytes >> 20)} MB to {folder or '.'} ({error.strerror}): change its permissions or "
+                 "free some space, or work in another folder")
+
+
 def lock(path):
     """Lock a file for this process, or exit. The system unlocks it when the process ends, even if it is killed, or when
-    the returned file is closed."""
+    the returned file is closed. Where the file system has no locks, a line says so."""
     file = open(path, "a")
     try:
         if os.name == "nt":
@@ -145,8 +235,12 @@ def lock(path):
         else:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        sys.exit(f"another process is writing to {os.path.dirname(path)}: wait until it ends, or choose another folder")
+    except OSError as error:
+        folder = os.path.dirname(path)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            sys.exit(f"another process is writing to {folder}: wait until it ends, or choose another folder")
+        print(f"no file can be locked in {folder} ({error.strerror}): see to it that no other process writes there",
+              file=sys.stderr)
     return file
 
 
@@ -185,11 +279,37 @@ def pick_device(device="auto", dtype="auto"):
         fast = torch.bfloat16
     else:
         fast = torch.float32
+    if device.type == "cpu" and usable_cpus() < torch.get_num_threads():
+        torch.set_num_threads(usable_cpus())  # more threads than a container may run would wait for each other
     slow = fast == torch.float32 and dtype == "float16" or fast != torch.bfloat16 and dtype == "bfloat16"
     if slow:
         print(f"this {device.type} device has no instructions for {dtype} and is slow at it: leave --dtype out",
               file=sys.stderr)
     return device, fast if dtype == "auto" else getattr(torch, dtype)
+
+
+def usable_cpus(cgroup="/sys/fs/cgroup"):
+    """How many CPUs this process may use. Linux may allow fewer than the machine has, and a container only a share of
+    their time."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max", which means no limit
+            words = " ".join(Path(cgroup, name).read_text() for name in names)
+            quota, period = map(int, words.split())  # microseconds
+            if quota > 0:  # -1 means no limit
+                cpus = min(cpus, math.ceil(quota / period))
+    return cpus
+
+
+def usable_memory(cgroup="/sys/fs/cgroup"):
+    """How many bytes of RAM this process may use: the machine's, or fewer in a container; inf where nobody says."""
+    limits = [math.inf]
+    if hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(cgroup, name).read_text()))
+    return min(limits)
 
 
 def find_device():
@@ -276,28 +396,51 @@ def start_processes(device, dtype):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = pick_device(device, dtype)
     if processes > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # the first process validates and saves alone, and the others wait for it, by default for ten minutes at most;
+        # if a process dies, torchrun ends the others
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return rank, processes, device, dtype
 
 
 @contextlib.contextmanager
 def stop_signals(message=""):
-    """A list to which Ctrl-C and SIGTERM add their number instead of ending the process. The next signal ends it.
+    """A list to which Ctrl-C, SIGTERM and the closing of the terminal add their number instead of ending the process.
+    The next Ctrl-C or SIGTERM ends it.
 
     A training loop looks at the list between steps, when it is safe to save."""
     received = []
 
     def receive(number, frame):
+        if number == HANGUP:
+            leave_terminal()
         os.write(2, message.encode())  # to stderr; print() may be interrupted by itself here
         received.append(number)
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
-    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        for each in handlers:  # a terminal that is closed may send its signal twice, or after SIGTERM
+            signal.signal(each, signal.SIG_IGN if each == HANGUP else signal.SIG_DFL)
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP)
+               if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup lets a process ignore it
+    handlers = {number: signal.signal(number, receive) for number in handled}
     try:
         yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def ignore_ctrl_c():
+    """For a worker process: a terminal sends Ctrl-C to it too, but the process that started it is the one to react."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, HANGUP):  # not what run_main() has set
+        signal.signal(number, signal.SIG_DFL)
+
+
+def leave_terminal():
+    """Write nowhere instead of to the terminal: once it is closed, every print() would raise an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):  # isatty() no longer recognizes it
+            os.dup2(nowhere, output)
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,12 @@
 The sections are loss, probes, spans and steps; the last one follows a run over the checkpoints of train.py --keep=log.
 All figures go to out/<run>/eval.json, estimates with the 95 % interval of a bootstrap over stories, probes or prompts.
 """
+# first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
+from common import (HOUSEKEEPING, CommandLine, atomic_write, check_writable, file_hash, newest_run, pick_device,
+                    run_main)
+
 import glob
+import hashlib
 import json
 import math
 import os
@@ -21,7 +26,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import HOUSEKEEPING, CommandLine, atomic_write, file_hash, newest_run, pick_device, run_main
 from prepare import SKILLS, fingerprint, instruction, load_meta, load_tokenizer, load_tokens, read_records
 from sample import load_run
 
@@ -63,8 +67,10 @@ def score(model, tokens, eot, batch_tokens=None, title="evaluating"):
     No story sees another. The result does not depend on the batch size: windows of similar length go into one batch,
     padded at the end, where causal attention cannot see the padding."""
     device = model.head.weight.device
-    if batch_tokens is None:
-        batch_tokens = 1024 if device.type == "cpu" else 2**14  # on a CPU, larger batches are slower
+    if batch_tokens is None and device.type == "cpu":
+        # larger batches are slower, but a small model has so little to do in each that its threads wait for each other
+        batch_tokens = min(max(1024, 2**30 // sum(p.numel() for p in model.parameters())), 4096)
+    batch_tokens = batch_tokens or 2**14
     batch_tokens = min(batch_tokens, 2**27 // model.config.vocab_size)  # at most 512 MB of logits
     nats = np.zeros(len(tokens), np.float32)
     remaining = sorted(sliding_windows(tokens, eot, model.config.block_size), key=lambda window: window[1] - window[0])
@@ -101,6 +107,14 @@ def padded_batch(tokens, windows, length):
         inputs[i, :end - start] = window[:-1]
         targets[i, scored - start:end - start] = window[scored - start + 1:]
     return inputs, targets
+
+
+def check_bin(dataset, name):
+    """End the program if a bin is not the one that meta.json describes, though it is as long. The hash of a gigabyte
+    takes a second; a damaged file would cost the whole run."""
+    if hashlib.sha256(load_tokens(dataset, name)).hexdigest() != load_meta(dataset)[name]["sha256"]:
+        sys.exit(f"data/{dataset}/{name}.bin is damaged, or is not what meta.json describes: run python prepare.py "
+                 f"--dataset={dataset}, with the options as before")
 
 
 def evaluate(model, dataset, max_stories=None):
@@ -159,8 +173,11 @@ def grade_loss(subject, dataset):
     meta, tokens, encoding = load_meta(dataset), np.asarray(load_tokens(dataset, "val")), load_tokenizer(dataset)
     stories = [encoding.decode(ids.tolist()) for ids in split_stories(tokens, meta["eot"])]
     own_tokenizer, eot = subject.tokenizer == meta["tokenizer"]["sha256"], subject.encoding.eot_token
+    altered = 0
     if not own_tokenizer:  # the model was trained with another one, so the same text is encoded again
-        tokens = np.concatenate([[eot]] + [subject.encoding.encode_ordinary(story) + [eot] for story in stories])
+        rows = [subject.encoding.encode_ordinary(story) for story in stories]
+        altered = sum(subject.encoding.decode(row) != story for row, story in zip(rows, stories))
+        tokens = np.concatenate([[eot]] + [row + [eot] for row in rows])
     nats = score(subject.model, tokens, eot, title=f"loss on {dataset}").astype(float)
     starts = np.flatnonzero(tokens == eot)[:-1] + 1  # a story's targets: its tokens and the next <|endoftext|>
     n_tokens = np.diff(np.append(starts, len(tokens)))
@@ -169,6 +186,8 @@ def grade_loss(subject, dataset):
     figures = {"val_bpb": interval(story_nats / math.log(2), n_bytes), "val_loss": interval(story_nats, n_tokens),
                "stories": len(stories),
                "stories longer than the context": int((n_tokens > subject.model.config.block_size).sum())}
+    if altered:  # so the bits are those of another text; only tokenizers of others do that
+        figures["stories that its tokenizer alters"] = altered
     if "bits_per_byte" in meta["val"]:  # the entropy of the generator, below which no model can get
         figures["val_bpb of the world's own choices"] = meta["val"]["bits_per_byte"]
     if own_tokenizer and os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
@@ -217,7 +236,7 @@ def sum_by_story(values, starts):
 def read_list(option, path, is_valid):
     """The list in the JSON file that an option names, all of whose items must be valid."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
             items = json.load(file)
         if items and all(is_valid(item) for item in items):
             return items
@@ -409,7 +428,16 @@ def load_subject(name, device, dataset="", context=0, tokenizer=""):
     datasets = [dataset] if dataset else checkpoint["datasets"]
     if not dataset:
         refuse_changed(name, checkpoint)
+    check_files(datasets, prefix)
     return Subject(model, encoding, checkpoint["tokenizer"], datasets, before, kept, about, prefix)
+
+
+def check_files(datasets, prefix):
+    """End the program, before a model is graded for minutes, if the figures cannot be written or a dataset is
+    damaged."""
+    check_writable(os.path.dirname(prefix))
+    for dataset in datasets:
+        check_bin(dataset, "val")
 
 
 def refuse_changed(run, checkpoint):
@@ -425,11 +453,13 @@ def load_hf_subject(name, device, dataset, tokenizer):
     if not dataset:
         sys.exit(f"{name} has no stories of its own: name a prepared dataset, such as --dataset=tinystories")
     from lab.huggingface import load  # only here: it needs transformers
-    model, encoding = load(name[3:], device, tokenizer)
     folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
+    prefix = os.path.join(folder, "")
+    check_files([dataset], prefix)
+    model, encoding = load(name[3:], device, tokenizer)
     os.makedirs(folder, exist_ok=True)
     about = {"checkpoint": name, "settings": name}
-    return Subject(model, encoding, None, [dataset], "", [], about, os.path.join(folder, ""))
+    return Subject(model, encoding, None, [dataset], "", [], about, prefix)
 
 
 def experiment_of(checkpoint, context):

@@ -9,6 +9,9 @@ with <|endoftext|> before every story and after the last. Other stages read them
 The text may be larger than the memory, so it is read three times, in chunks that all CPUs share: to decide which
 stories stay, to count words for the tokenizer, and to encode.
 """
+# first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
+from common import CommandLine, check_writable, file_hash, ignore_ctrl_c, rename, run_main, usable_cpus
+
 import base64
 import glob
 import hashlib
@@ -25,6 +28,7 @@ import time
 import urllib.request
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from http.client import HTTPException
 from itertools import pairwise
@@ -33,8 +37,6 @@ import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
-
-from common import CommandLine, file_hash, run_main
 
 EOT = "<|endoftext|>"
 SKILLS = ("none", "grammar", "fact", "context", "reasoning")  # the labels in val.skills.bin
@@ -184,12 +186,12 @@ def read_records(path):
         yield from read_chunk(*chunk)
 
 
-def run_workers(function, tasks, title):
-    """Yield (task, function(*task)) for each task, in order, with a progress bar. All CPUs share the work."""
-    # In a container, Linux may let this process use fewer CPUs than the machine has. Windows allows 61 workers.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def run_workers(function, tasks, title, workers=None):
+    """Yield (task, function(*task)) for each task, in order, with a progress bar. `workers` processes share the work, by
+    default one for each CPU that may be used."""
+    workers = workers or min(61, usable_cpus())  # Windows allows 61
     # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them.
-    pool = ProcessPoolExecutor(min(61, cpus), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, initializer=ignore_ctrl_c)
     # Python can lose a KeyboardInterrupt while it forks. So until the workers run, Ctrl-C is only recorded, and raised
     # after that.
     interrupts = []
@@ -200,6 +202,8 @@ def run_workers(function, tasks, title):
         if interrupts:
             raise KeyboardInterrupt
         yield from tqdm(zip(tasks, results), title, len(tasks), unit="chunk", disable=None)
+    except BrokenProcessPool:
+        sys.exit(f"a worker process was killed, probably since memory ran out: try --workers={max(1, workers // 2)}")
     finally:
         pool.shutdown(cancel_futures=True)  # also if the caller stops early, or a worker fails
 
@@ -265,7 +269,7 @@ def plan_dataset(files, args):
     tasks = [(chunk, split) for path, split in files for chunk in split_file(path)]
     plan, cleaning, stories = [], Counter(), {"train": 0, "val": 0}
     seen = {}  # {fingerprint: split} of the stories that stay
-    for (chunk, file_split), proposals in run_workers(partial(decide, args=args), tasks, "reading"):
+    for (chunk, file_split), proposals in run_workers(partial(decide, args=args), tasks, "reading", args.workers):
         decisions = []
         for key, decision, repaired in proposals:
             # `stories` has the keys train and val. What the worker decided stays, unless the story is a copy, or one
@@ -450,7 +454,7 @@ def make_ranks(plan, args):
     except OSError as error:  # requests, with which tiktoken downloads, raises OSErrors
         sys.exit(f"tiktoken cannot fetch GPT-2's tokenizer ({type(error).__name__}): go online, or use --tokenizer=bpe")
     words = Counter()
-    for _, counts in run_workers(partial(count_words, args=args), plan, "counting"):
+    for _, counts in run_workers(partial(count_words, args=args), plan, "counting", args.workers):
         words.update(counts)
     if args.tokenizer == "bpe":
         return train_bpe(words, args.vocab_size), None
@@ -522,7 +526,7 @@ def write_bins(plan, args, folder, eot):
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val, \
             open(f"{folder}/val.skills.bin", "wb") as skills:
         work = partial(encode, args=args, tokenizer=f"{args.dataset}/{UNFINISHED}")
-        for _, (bins, chunk_totals) in run_workers(work, plan, "encoding"):
+        for _, (bins, chunk_totals) in run_workers(work, plan, "encoding", args.workers):
             train.write(bins["train"])
             val.write(bins["val"])
             skills.write(bins["val.skills"])
@@ -540,6 +544,7 @@ def prepare(args):
     started = time.time()
     folder = f"data/{args.dataset}"
     new = f"{folder}/{UNFINISHED}"
+    check_writable(folder)
     files = find_sources(args, folder)
     plan, cleaning = plan_dataset(files, args)
     ranks, coverage = make_ranks(plan, args)
@@ -566,7 +571,7 @@ def prepare(args):
     if os.path.exists(f"{folder}/meta.json"):
         os.remove(f"{folder}/meta.json")
     for name in ("train.bin", "val.bin", "val.skills.bin", "tokenizer.tiktoken", "meta.json"):
-        os.replace(f"{new}/{name}", f"{folder}/{name}")
+        rename(f"{new}/{name}", f"{folder}/{name}")
     if not totals["val"]["spans"]:
         os.remove(f"{folder}/val.skills.bin")  # it holds no label
     report(meta, args.clean)
@@ -654,6 +659,8 @@ def main(argv=None):
     parser.option("instruct", False, "put features, words, summary and a sentence before each story, where known")
     parser.option("hold_out", "", "instructions never together in train, e.g. words+summary")
     parser.option("seed", 1, "seed for drawing instructions")
+    parser.option("workers", None, "processes that share the work (default: one for each CPU that may be used)",
+                  type=int, low=1, high=61)
     args = parser.parse_args(argv)
 
     if not re.fullmatch(r"[^/\\]+", args.dataset):
@@ -683,4 +690,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lower="--workers")

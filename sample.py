@@ -9,13 +9,16 @@ A model gives a probability to every token that could come next. `pick` draws on
 this until <|endoftext|> is drawn. Then come two ways to do that faster, on a GPU and on a CPU, and at last stories,
 as text instead of tokens.
 """
+# first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
+from common import CommandLine, file_hash, load_checkpoint, newest_run, pick_device, run_main
+
 import os
 import sys
 from codecs import getincrementaldecoder
 
 import torch
+from tqdm import tqdm
 
-from common import CommandLine, file_hash, load_checkpoint, newest_run, pick_device, run_main
 from model import GPT, Cache, GPTConfig
 from prepare import EOT, instruction, load_ranks, make_encoding
 
@@ -213,6 +216,24 @@ def write_stories(model, encoding, prompt, max_tokens, seeds, **settings):
     return [ids[1:] + [token for token in row if token != encoding.eot_token] for row in rows]
 
 
+def print_stories(model, encoding, prompt, seeds, settings):
+    """Print one story per seed, separated as in a corpus, each batch as soon as it has ended."""
+    at_once = max_batch(model)
+    separator = ""
+    for i in tqdm(range(0, len(seeds), at_once), "batches", leave=False, disable=None if len(seeds) > at_once else True):
+        for ids in write_stories(model, encoding, prompt, seeds=seeds[i:i + at_once], **settings):
+            tqdm.write(separator + encoding.decode(ids))
+            separator = EOT + "\n"
+
+
+def max_batch(model):
+    """How many stories are written at once. On a CPU, more gain nothing; on a GPU, their caches may take 2 GB."""
+    c, weight = model.config, model.head.weight
+    if weight.device.type != "cuda":
+        return 64
+    return max(1, 2**31 // (2 * c.n_layer * c.n_embd * c.block_size * weight.element_size()))
+
+
 def stream_story(model, encoding, prompt, max_tokens, seed, **settings):
     """Print one story as it is written."""
     ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
@@ -224,10 +245,27 @@ def stream_story(model, encoding, prompt, max_tokens, seed, **settings):
     print(decoder.decode(b"", final=True))
 
 
+def is_utf8(text):
+    """Whether text that was typed is UTF-8: Python reads other bytes as half surrogate pairs, which nothing encodes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def without_last_space(prompt):
+    """A prompt without spaces at its end. A token holds the space before a word, so the model writes it itself; after
+    one that stands alone, it would begin in the middle of a word."""
+    return prompt.rstrip(" ")
+
+
 def chat(model, encoding, instructions, settings, parser):
     """Read beginnings from the terminal and continue them. A line like /temperature=0.5 changes a setting."""
     print("Type the beginning of a story, and the model continues it. An empty line lets the model begin.\n"
           "/temperature=0.5 changes a setting, / shows them all, /quit or Ctrl-C ends.")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 would end the program
     while True:
         try:
             line = input("> ")
@@ -239,8 +277,11 @@ def chat(model, encoding, instructions, settings, parser):
         if line.startswith("/"):
             change_setting(line[1:].strip(), settings, parser)
             continue
+        if not is_utf8(line):
+            print("what you typed is not UTF-8: set the terminal to UTF-8")
+            continue
         try:
-            stream_story(model, encoding, instructions + line, **settings)
+            stream_story(model, encoding, instructions + without_last_space(line), **settings)
         except KeyboardInterrupt:  # ends this story, not the program
             print()
         settings["seed"] += 1  # otherwise the same beginning would always get the same story
@@ -273,7 +314,7 @@ def command_line():
     parser.option("out_dir", "", "another way to name the run, as with train.py")
     parser.option("prompt", "", "how the stories begin")
     parser.option("prompt_file", "", "a file with the beginning")
-    parser.option("num_samples", 1, "number of stories, written as one batch", low=1)
+    parser.option("num_samples", 1, "number of stories, written in batches", low=1)
     parser.option("max_tokens", 500, "length limit of a story", low=1)
     parser.option("temperature", 0.8, "0 always takes the likeliest token, 1 draws by the model's probabilities", low=0)
     parser.option("top_k", 0, "draw from the k likeliest tokens only; 0 means all", low=0)
@@ -293,12 +334,14 @@ def command_line():
 
 def read_prompt(args):
     """The beginning that --prompt or --prompt_file gives."""
-    if not args.prompt_file:
-        return args.prompt
-    if args.prompt:
+    if args.prompt and args.prompt_file:
         sys.exit("give --prompt or --prompt_file, not both")
+    if not is_utf8(args.prompt + args.words + args.features + args.summary):
+        sys.exit("--prompt or an instruction is not UTF-8: set the terminal to UTF-8, or give --prompt_file")
+    if not args.prompt_file:
+        return without_last_space(args.prompt)
     try:
-        with open(args.prompt_file, encoding="utf-8") as file:
+        with open(args.prompt_file, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
             return file.read().rstrip()
     except OSError as error:
         sys.exit(f"cannot read --prompt_file={args.prompt_file}: {error.strerror}")
@@ -334,10 +377,8 @@ def main(argv=None):
     elif args.num_samples == 1:
         stream_story(model, encoding, instructions + prompt, seed=args.seed, **settings)
     else:
-        seeds = range(args.seed, args.seed + args.num_samples)
-        stories = write_stories(model, encoding, instructions + prompt, seeds=seeds, **settings)
-        print(f"\n{EOT}\n".join(encoding.decode(ids) for ids in stories))  # separated as in a corpus
+        print_stories(model, encoding, instructions + prompt, range(args.seed, args.seed + args.num_samples), settings)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lower="--num_samples")

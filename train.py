@@ -15,6 +15,11 @@ Read this file from top to bottom: the options, the data, the run, what happens 
 A step trains on --batch_tokens tokens. They are rows of --block_size tokens, split into micro batches that fit into
 memory: the gradients of the micro steps add up to those of the whole batch (gradient accumulation).
 """
+# first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
+from common import (Clock, CommandLine, check_resumable, check_writable, is_out_of_memory, keep_freed_memory,
+                    load_checkpoint, lock, peak_flops, peak_memory, run_main, save_checkpoint, start_processes,
+                    stop_signals, trim_log, usable_memory)
+
 import contextlib
 import functools
 import inspect
@@ -33,9 +38,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Clock, CommandLine, check_resumable, keep_freed_memory, load_checkpoint, lock, peak_flops,
-                    peak_memory, run_main, save_checkpoint, start_processes, stop_signals, trim_log)
-from eval import evaluate_mix, read_spans, skill_accuracy
+from eval import check_bin, evaluate_mix, read_spans, skill_accuracy
 from model import GPT, POSITIONS, SIZES, GPTConfig, lr_multiplier, make_optimizers
 from prepare import load_meta, load_tokenizer, load_tokens
 from sample import write_stories
@@ -74,7 +77,8 @@ def command_line():
     parser.option("batch_tokens", None, "total batch size in tokens, over all micro steps and processes (default: "
                   "4096; on a GPU up to 65536, the more the longer the run)", type=int, low=1)
     parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation (default: "
-                  "as many as hold 8192 tokens; on a GPU what half of its memory holds, at most 128)", type=int, low=1)
+                  "as many as hold 8192 tokens; on a GPU what half of its memory holds, at most 128); the less, the less "
+                  "memory it takes", type=int, low=1)
     # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
@@ -184,6 +188,8 @@ class TrainData:
         self.hashes = [meta["train"]["sha256"] for meta in self.metas.values()]
         self.tokens, self.story_starts = [], []  # of each dataset; tokens are memory-mapped
         for name, meta in self.metas.items():
+            check_bin(name, "train")
+            check_bin(name, "val")
             tokens = load_tokens(name, "train")
             if meta["tokenizer"]["sha256"] != self.tokenizer:
                 # the tokenizer of the larger dataset suits both better
@@ -306,14 +312,16 @@ def choose_batch_tokens(args, tokens, device):
 
 
 def max_micro_batch(run):
-    """The largest micro batch in rows, unless --batch_size is given: 8,192 tokens, or half of what a GPU holds."""
-    if run.device.type != "cuda":
-        return max(1, 8192 // run.config.block_size)
+    """The largest micro batch in rows, unless --batch_size is given: 8,192 tokens, or 128 rows on a GPU, as far as half
+    of the GPU's memory or a quarter of the RAM holds them; other programs need that too."""
     # what the backward pass needs of each token without compiling: about 50 bytes per channel and layer, as a test
     # measures it, and 12 per logit (in 16 bits, in float32, and its gradient)
     token_bytes = 50 * run.config.n_layer * run.config.n_embd + 12 * run.config.vocab_size
-    memory = torch.cuda.get_device_properties(run.device).total_memory
-    return min(max(1, memory // 2 // (token_bytes * run.config.block_size)), 128)
+    if run.device.type == "cuda":
+        memory, rows = torch.cuda.get_device_properties(run.device).total_memory // 2, 128
+    else:
+        memory, rows = usable_memory() // 4, 8192 // run.config.block_size
+    return max(1, min(memory // (token_bytes * run.config.block_size), rows))
 
 
 def plan_batch(run, max_rows):
@@ -429,10 +437,22 @@ def should_compile(run):
 def open_run_folder(run):
     """Create the run's folder, copy the tokenizer into it, and start the log, or trim it for a resumed run."""
     if run.rank == 0:
+        has_checkpoint = os.path.exists(os.path.join(run.out_dir, "ckpt.pt"))  # which stays until the next is written
+        check_writable(run.out_dir, checkpoint_bytes(run) * (1 if has_checkpoint else 2))
         os.makedirs(run.out_dir, exist_ok=True)
         lock_folder(run)
-        shutil.copy(os.path.join("data", run.data.first, "tokenizer.tiktoken"), run.out_dir)
+        tokenizer = "tokenizer.tiktoken"  # its content alone: data/ may be write-protected
+        shutil.copyfile(os.path.join("data", run.data.first, tokenizer), os.path.join(run.out_dir, tokenizer))
         trim_log(run.log_path, run.step)
+
+
+def checkpoint_bytes(run):
+    """About how large a checkpoint is. It has three numbers per parameter, all in float32: the weight and the two
+    averages of AdamW. Muon keeps one, and its averages of rows are too few to count."""
+    numbers = 3 * run.model.num_params()
+    if run.args.optimizer == "muon":
+        numbers -= run.model.num_params(embedding=False)
+    return 4 * numbers
 
 
 def describe(run):
@@ -446,15 +466,11 @@ def describe(run):
     run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
-    # four numbers per parameter, all in float32: weight, gradient and the two averages of AdamW; Muon keeps one, and
-    # its averages of rows are too few to count
-    numbers = 4 * model.num_params()
-    if args.optimizer == "muon":
-        numbers -= model.num_params(embedding=False)
+    n_bytes = checkpoint_bytes(run) + 4 * model.num_params()  # with the gradients
     compiled = ", compiled" if run.compiling else ""
     run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embeddings and head; "
             f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; weights, gradients and optimizer take "
-            f"{4 * numbers / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
+            f"{n_bytes / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
 
 
 def prepare_forward(run):
@@ -467,13 +483,14 @@ def prepare_forward(run):
             run.forward = torch.compile(run.model, dynamic=False) if run.compiling else run.model
             try_batch(run)
             break
-        except torch.OutOfMemoryError:
-            halve_micro_batch(run)
-        except Exception as error:  # no compiler, an old GPU, …: the plain model trains as well
-            if not run.compiling:
+        except Exception as error:
+            if is_out_of_memory(error):
+                halve_micro_batch(run)
+            elif run.compiling:  # no compiler, an old GPU, …: the plain model trains as well
+                run.say(f"compiling fails here ({error.__class__.__name__}): going on without it, more slowly")
+                run.forward, run.compiling = run.model, False
+            else:
                 raise
-            run.say(f"compiling fails here ({error.__class__.__name__}): going on without it, more slowly")
-            run.forward, run.compiling = run.model, False
     if run.processes > 1:
         smallest = torch.tensor(run.micro_batch)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -498,7 +515,7 @@ def try_batch(run):
 def halve_micro_batch(run):
     """Go on with smaller micro batches, and more of them: the step stays the same."""
     if run.micro_batch == 1:
-        sys.exit("not even one row fits into the GPU's memory: lower --block_size, --n_embd or --n_layer")
+        sys.exit("not even one row fits into memory: lower --block_size, --n_embd or --n_layer")
     run.micro_batch, run.micro_steps = plan_batch(run, run.micro_batch // 2)
     run.say(f"out of memory: going on with micro batches of {run.micro_batch} rows")
 
@@ -727,6 +744,16 @@ def summarize(run):
             "peak_memory_mb": peak_memory(run.device), "out_dir": run.out_dir}
 
 
+def end_out_of_memory(run):
+    """End the program with a line that says how to go on with less memory."""
+    smaller = f"--batch_size={run.micro_batch // 2}"
+    if run.micro_batch == 1:
+        smaller = "a smaller --block_size, --n_embd or --n_layer, as a new run"
+    elif os.path.exists(os.path.join(run.out_dir, "ckpt.pt")):
+        smaller = f"--resume {smaller}: the last checkpoint stays"
+    sys.exit(f"out of memory at step {run.step:,}: close other programs, or run the same command again with {smaller}")
+
+
 def main(argv=None):
     run = Run(fill_defaults(command_line().parse_args(argv)))
     signals = []
@@ -740,9 +767,10 @@ def main(argv=None):
             prepare_forward(run)
             try:
                 train(run, signals)
-            except torch.OutOfMemoryError:
-                sys.exit(f"out of memory at step {run.step:,}; the last checkpoint stays: run the same command again "
-                         f"with --resume --batch_size={max(1, run.micro_batch // 2)}")
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                end_out_of_memory(run)
     elif is_summarized(run):
         run.say(f"{run.out_dir} is finished (step {run.step:,}): to continue it, give a longer run, such as "
                 f"--max_tokens={2 * run.step * run.step_tokens}; to grade it, python eval.py {run.out_dir}")
@@ -763,4 +791,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lower="--batch_size, --block_size, --n_embd or --n_layer")

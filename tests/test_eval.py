@@ -55,6 +55,18 @@ def test_scores_agree_with_one_story_at_a_time():
         assert np.allclose(eval.score(model, tokens, EOT, batch_tokens=batch_tokens), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("width, layers, expected", [(32, 1, 4096), (128, 4, 1024)])
+def test_a_small_model_gets_larger_batches(monkeypatch, width, layers, expected):
+    model, sizes = make_model(n_embd=width, n_layer=layers, n_head=2, vocab_size=512, block_size=64), []
+    def forward(idx, targets):
+        sizes.append(idx.numel())
+        return torch.zeros(idx.shape)
+    monkeypatch.setattr(model, "forward", forward)
+    tokens = np.resize(np.append(EOT, np.arange(63)), 64 * 200 + 1)
+    eval.score(model, tokens, EOT)
+    assert expected / 2 < max(sizes) <= expected
+
+
 def read_results(run):
     with open(os.path.join(run, "eval.json")) as f:
         return json.load(f)
@@ -374,6 +386,7 @@ def test_a_fork_that_changes_the_model_is_followed_everywhere(in_prepared):
     (["--only=loss,taste"], "has no section taste"),
     (["--probes=none.json"], "cannot read --probes=none.json"),
     (["--probes=bad.json"], "does not have the form of data/probes.json"),
+    (["--probes=mark.json"], "does not have the form of data/probes.json"),  # its byte-order mark is no mistake
     (["--spans=0"], "--spans=0 must be at least 1"),
     (["--context=1"], "--context=1"),
     (["out/none"], "no checkpoint out/none/ckpt.pt"),
@@ -382,6 +395,7 @@ def test_a_fork_that_changes_the_model_is_followed_everywhere(in_prepared):
     (["hf:some/model", "--dataset=x", "--context=8"], "has its own context: leave --context out"),
 ])
 def test_bad_input_ends_in_one_line(workplace, capsys, options, expected):
+    (workplace / "mark.json").write_text('\ufeff[{"skill": "fact"}]', encoding="utf-8")
     (workplace / "bad.json").write_text('[{"skill": "fact"}]')
     assert expected in error_of(eval.main, options, capsys)
 
@@ -399,3 +413,19 @@ def test_stories_that_were_prepared_anew_are_not_graded_as_the_runs_own(run, in_
     monkeypatch.setattr(eval, "load_meta", lambda name: {**real(name), "tokenizer": {"sha256": "another"}})
     with pytest.raises(SystemExit, match="data/tiny is not what .* was trained on"):
         eval.main([run, "--device=cpu", "--only=loss"])
+
+
+def test_what_cannot_be_written_or_read_is_found_before_grading(run, in_prepared, monkeypatch):
+    def refuse(folder):
+        raise SystemExit(f"cannot write to {folder}")
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "check_writable", refuse)
+        with pytest.raises(SystemExit, match=f"cannot write to {run}"):
+            eval.load_subject(run, CPU)
+    whole = Path("data/tiny/val.bin").read_bytes()
+    Path("data/tiny/val.bin").write_bytes(whole[:-4] + whole[-2:] + whole[-2:])
+    try:
+        with pytest.raises(SystemExit, match="val.bin is damaged"):
+            eval.load_subject(run, CPU)
+    finally:
+        Path("data/tiny/val.bin").write_bytes(whole)

@@ -444,7 +444,7 @@ def test_input_that_is_not_there_ends_in_one_line(workplace, capsys):
     (["--hold_out=words+summary"], "add --instruct"),
     (["--tokenizer=a", "--vocab_size=600"], "leave --vocab_size out"),
     (["--dataset=/some/path"], "--dataset=/some/path must name a folder under data/"),
-    (["--dataset=data/x"], "name files elsewhere with --input"),
+    (["--dataset=a/x"], "name files elsewhere with --input"),
     (["--dataset="], "must name a folder"),
 ])
 def test_options_that_make_no_sense_end_in_one_line(workplace, arguments, expected, capsys):

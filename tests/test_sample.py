@@ -1,6 +1,7 @@
 """sample.py: greedy text is what the plain model would write, and a batch is its members."""
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,8 @@ def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
     (["--temperature=nan"], "--temperature=nan must be"),
     (["--prompt=Tim", "--prompt_file=nowhere.txt"], "give --prompt or --prompt_file, not both"),
     (["--prompt_file=nowhere.txt"], "cannot read --prompt_file=nowhere.txt"),
+    (["--prompt=caf\udce9"], "not UTF-8"), (["--words=caf\udce9"], "not UTF-8"),  # what Python makes of Latin-1
+    (["--seed=99999999999999999999"], "--seed"), (["--min_p=nan"], "--min_p"), (["--max_tokens=inf"], "--max_tokens"),
 ])
 def test_bad_input_ends_in_one_line(run, in_prepared, capsys, options, expected):
     assert expected in error_of(sample.main, options, capsys)
@@ -169,6 +172,55 @@ def test_a_model_that_learned_instructions_is_asked_with_them(workplace, capsys)
     sample.main(["--out_dir=out/asked", "--words=run, dog", "--features=dialogue", "--max_tokens=1"])
     assert capsys.readouterr().out.startswith("Features: dialogue\nWords: run, dog\nStory:\n")
     assert "has not learned instructions" in error_of(sample.main, ["--out_dir=out/plain", "--words=run"], capsys)
+
+
+def written(options, run, capsys):
+    sample.main([f"--out_dir={run}", "--max_tokens=20", "--device=cpu", *options])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("typed, content", [
+    ("Tim saw the ", "Tim saw the".encode()), ("Tim saw the   ", "Tim saw the \n".encode()),
+    ("Tim saw the", "\ufeffTim saw the\r\n".encode())])
+def test_a_prompt_ends_with_its_last_word(run, in_prepared, capsys, typed, content):
+    """A space at the end would be a token of its own, and the next word would begin in its middle."""
+    expected = written(["--prompt=Tim saw the"], run, capsys)
+    assert written([f"--prompt={typed}"], run, capsys) == expected
+    with open("typed.txt", "wb") as file:
+        file.write(content)
+    assert written(["--prompt_file=typed.txt"], run, capsys) == expected
+
+
+def test_what_is_typed_may_be_anything(run, in_prepared, monkeypatch, capsys):
+    """A space at the end is taken off there too, and a line that is not UTF-8 costs no other."""
+    typed = io.TextIOWrapper(io.BytesIO(b"/temperature=0\nTim saw\ncaf\xe9\nTim saw \n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    stories = [line for line in written(["--interactive"], run, capsys).replace("> ", "\n").splitlines() if line]
+    told = [line for line in stories if line.startswith("Tim saw")]
+    assert len(told) == 2 and told[0] == told[1] and any("not UTF-8" in line for line in stories)
+
+
+def test_many_stories_are_written_in_batches_and_shown_as_they_end(run, in_prepared, monkeypatch, capsys):
+    expected = written(["--num_samples=7"], run, capsys)
+
+    def write_stories(*args, seeds, real=sample.write_stories, **settings):
+        shown.append(capsys.readouterr().out)
+        return real(*args, seeds=seeds, **settings)
+    shown = []
+    monkeypatch.setattr(sample, "write_stories", write_stories)
+    monkeypatch.setattr(sample, "max_batch", lambda model: 3)
+    shown.append(written(["--num_samples=7"], run, capsys))
+    assert "".join(shown) == expected and [part.count("<|endoftext|>") for part in shown] == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize("device, shape, expected", [
+    ("cpu", (4, 128, 256), 64), ("cuda", (4, 128, 256), 2048), ("cuda", (8, 512, 512), 128)])
+def test_the_caches_of_a_batch_fit_into_memory(device, shape, expected):
+    n_layer, n_embd, block_size = shape
+    weight = SimpleNamespace(device=torch.device(device), element_size=lambda: 4)
+    model = SimpleNamespace(head=SimpleNamespace(weight=weight),
+                            config=SimpleNamespace(n_layer=n_layer, n_embd=n_embd, block_size=block_size))
+    assert sample.max_batch(model) == expected
 
 
 class Recorder(TorchDispatchMode):

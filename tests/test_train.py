@@ -252,10 +252,10 @@ def test_after_sigkill_the_checkpoint_loads_and_the_log_has_no_gap(in_prepared):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)])
 def test_a_signal_saves_and_a_shell_loop_ends_with_ctrl_c(in_prepared, number):
     out = f"out/signal-{number}"
-    process = start(f"--out_dir={out}", "--max_minutes=5")
+    process = start(f"--out_dir={out}", "--max_minutes=5", "--evals=0")
     wait_for(f"{out}/log.jsonl", process)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
@@ -592,12 +592,96 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_learns_the_same(in_prep
         run("never", "--max_steps=3", "--compile=True")
 
 
-def test_out_of_memory_within_the_run_says_how_to_go_on(in_prepared, monkeypatch):
-    def update_weights(run):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_computer_with_little_memory_takes_small_micro_batches(monkeypatch):
+    """Where memory runs out, Linux kills a process without a word."""
+    run = SimpleNamespace(device=torch.device("cpu"), config=GPTConfig(4096, 256, 8, 8, 512))
+    for gigabytes, rows in ((64, 32), (4, 15), (0.1, 1), (math.inf, 32)):
+        monkeypatch.setattr(train, "usable_memory", lambda: gigabytes * 2**30)
+        assert train.max_micro_batch(run) == rows
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_within_the_run_says_how_to_go_on(in_prepared, monkeypatch, error):
+    """The command that it names works: before the first checkpoint there is nothing to resume."""
+    def update_weights(run, real=train.update_weights):
+        if run.step == 2:
+            raise error
+        return real(run)
     monkeypatch.setattr(train, "update_weights", update_weights)
+    out = f"full-{type(error).__name__}"
+    with pytest.raises(SystemExit, match="(?<!--resume )--batch_size=4"):
+        run(out, "--max_steps=6", "--evals=1")
     with pytest.raises(SystemExit, match="--resume --batch_size=4"):
-        run("full", "--max_steps=3")
+        run(out, "--max_steps=4", "--evals=4")
+    with pytest.raises(SystemExit, match="--block_size"):
+        run(out, "--max_steps=4", "--evals=4", "--resume", "--batch_size=1")
+
+
+def test_other_errors_within_the_run_are_not_called_out_of_memory(in_prepared, monkeypatch):
+    monkeypatch.setattr(train, "update_weights", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("bug", "--max_steps=3")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_bin_is_found_before_the_first_step(in_prepared, split):
+    """One bit in the middle, which changes neither size nor vocabulary."""
+    data = Path("data/tiny", f"{split}.bin")
+    whole = data.read_bytes()
+    middle = len(whole) // 4 * 2
+    data.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    try:
+        with pytest.raises(SystemExit, match=f"{split}.bin is damaged.*python prepare.py --dataset=tiny"):
+            run("damaged", "--max_steps=3")
+    finally:
+        data.write_bytes(whole)
+    assert not os.path.exists("out/damaged")
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_found_before_the_first_step(in_prepared, monkeypatch):
+    """The old one stays until the new one is complete."""
+    def check_writable(folder, n_bytes):
+        asked.append(n_bytes)
+        raise SystemExit("no room")
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_writable", check_writable)
+        with pytest.raises(SystemExit, match="no room"):
+            run("roomy", "--max_steps=3")
+        assert not os.path.exists("out/roomy")
+    run("roomy", "--max_steps=3")
+    size = os.path.getsize("out/roomy/ckpt.pt")
+    assert 0.9 < asked[0] / (2 * size) < 1.1
+    monkeypatch.setattr(train, "check_writable", check_writable)
+    with pytest.raises(SystemExit, match="no room"):
+        run("roomy", "--max_steps=6", "--resume")
+    assert asked[1] == asked[0] / 2
+
+
+def test_data_that_is_write_protected_can_be_trained_on(in_prepared):
+    os.chmod("data/tiny/tokenizer.tiktoken", 0o444)
+    for options in ([], ["--resume"]):  # which copies the tokenizer again
+        run("protected", f"--max_steps={2 + len(options)}", *options)
+    assert os.stat("out/protected/tokenizer.tiktoken").st_mode & 0o200
+    os.chmod("data/tiny/tokenizer.tiktoken", 0o644)
+
+
+def test_a_dataset_may_be_named_by_its_folder(in_prepared):
+    options = ["--n_layer=1", "--n_embd=16", "--block_size=32", "--batch_tokens=256", "--compile=False", "--device=cpu"]
+    train.main(["--dataset=data/tiny/", *options, "--max_steps=1", "--evals=0"])
+    assert load_checkpoint("out/tiny-1x16")["datasets"] == ["tiny"]
+    train.main(["--dataset=tiny/", *options, "--max_steps=2", "--evals=0", "--resume"])
+
+
+def test_processes_wait_for_the_first_as_long_as_it_validates(monkeypatch):
+    """For hours, if need be: torch's own limit is half an hour, or ten minutes on GPUs."""
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: asked.update(options))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    common.start_processes("cpu", "float32")
+    assert asked["timeout"].total_seconds() >= 6 * 3600
 
 
 def test_the_batch_that_was_chosen_is_stored_and_stays_when_resumed(in_prepared, monkeypatch):
