@@ -121,7 +121,7 @@ def parse_bool(text):
 
 
 def dataset_name(text):
-    """The name of a folder under data/, however it is typed: x, x/ or data/x, also in a mix such as x:0.3,data/y:0.7."""
+    """The name of a folder under data/, however it is typed: x, x/ or data/x, also in a mix like x:0.3,data/y:0.7."""
     folder = f"(?:{re.escape(os.path.abspath('data'))}|(?:\\./)*data)/+"
     return re.sub(f"(^|,)(?:{folder})?([^,:]+?)/*(?=[,:]|$)", r"\1\2", text.replace(os.sep, "/"))
 
@@ -200,8 +200,8 @@ def atomic_write(path, mode="w"):
 
 
 def rename(old, new):
-    """Rename a file, in place of another one if that exists. Windows denies it while a virus scanner or an indexer reads
-    either of them, so it is tried again for a second."""
+    """Rename a file, in place of another one if that exists. Windows denies it while a virus scanner or an indexer
+    reads either of them, so it is tried again for a second."""
     for _ in range(10):
         try:
             return os.replace(old, new)
@@ -213,15 +213,14 @@ def rename(old, new):
 def check_writable(folder, n_bytes=1):
     """End the program unless n_bytes can be written to a folder, or to where it would be made. Called before long work,
     so that a write-protected folder, a full disk or a quota does not cost it."""
-    while not os.path.exists(folder or "."):
-        folder = os.path.dirname(folder)
+    parents = [Path(folder), *Path(folder).absolute().parents]
     try:
-        with tempfile.TemporaryFile(dir=folder or ".") as file:
+        with tempfile.TemporaryFile(dir=next((path for path in parents if path.exists()), folder)) as file:
             for start in range(0, n_bytes, 1 << 20):
                 file.write(bytes(min(1 << 20, n_bytes - start)))
     except OSError as error:
-        sys.exit(f"cannot write {-(-n_bytes >> 20)} MB to {folder or '.'} ({error.strerror}): change its permissions or "
-                 "free some space, or work in another folder")
+        sys.exit(f"cannot write {-(-n_bytes >> 20)} MB to {folder} ({error.strerror}): change its permissions or free "
+                 "some space, or work in another folder")
 
 
 def lock(path):

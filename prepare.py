@@ -187,8 +187,8 @@ def read_records(path):
 
 
 def run_workers(function, tasks, title, workers=None):
-    """Yield (task, function(*task)) for each task, in order, with a progress bar. `workers` processes share the work, by
-    default one for each CPU that may be used."""
+    """Yield (task, function(*task)) for each task, in order, with a progress bar. `workers` processes share the work,
+    by default one for each CPU that may be used."""
     workers = workers or min(61, usable_cpus())  # Windows allows 61
     # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them.
     pool = ProcessPoolExecutor(workers, initializer=ignore_ctrl_c)

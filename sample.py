@@ -219,15 +219,17 @@ def write_stories(model, encoding, prompt, max_tokens, seeds, **settings):
 def print_stories(model, encoding, prompt, seeds, settings):
     """Print one story per seed, separated as in a corpus, each batch as soon as it has ended."""
     at_once = max_batch(model)
+    starts = range(0, len(seeds), at_once)
     separator = ""
-    for i in tqdm(range(0, len(seeds), at_once), "batches", leave=False, disable=None if len(seeds) > at_once else True):
+    for i in tqdm(starts, "batches", leave=False, disable=None if len(starts) > 1 else True):
         for ids in write_stories(model, encoding, prompt, seeds=seeds[i:i + at_once], **settings):
             tqdm.write(separator + encoding.decode(ids))
             separator = EOT + "\n"
 
 
 def max_batch(model):
-    """How many stories are written at once. On a CPU, more gain nothing; on a GPU, their caches may take 2 GB."""
+    """How many stories are written at once. On a CPU, four times as many are 1.3 times as fast, but the first of them
+    come later; on a GPU, their caches may take 2 GB."""
     c, weight = model.config, model.head.weight
     if weight.device.type != "cuda":
         return 64

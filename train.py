@@ -76,9 +76,9 @@ def command_line():
     parser.option("clip", 1.0, "maximum norm of the gradient; 0 means no limit", low=0)
     parser.option("batch_tokens", None, "total batch size in tokens, over all micro steps and processes (default: "
                   "4096; on a GPU up to 65536, the more the longer the run)", type=int, low=1)
-    parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation (default: "
-                  "as many as hold 8192 tokens; on a GPU what half of its memory holds, at most 128); the less, the less "
-                  "memory it takes", type=int, low=1)
+    parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation. Lower it if "
+                  "memory runs out (default: as many as hold 8192 tokens; on a GPU what half of its memory holds, at "
+                  "most 128)", type=int, low=1)
     # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
@@ -318,10 +318,10 @@ def max_micro_batch(run):
     # measures it, and 12 per logit (in 16 bits, in float32, and its gradient)
     token_bytes = 50 * run.config.n_layer * run.config.n_embd + 12 * run.config.vocab_size
     if run.device.type == "cuda":
-        memory, rows = torch.cuda.get_device_properties(run.device).total_memory // 2, 128
+        memory, rows = torch.cuda.get_device_properties(run.device).total_memory / 2, 128
     else:
-        memory, rows = usable_memory() // 4, 8192 // run.config.block_size
-    return max(1, min(memory // (token_bytes * run.config.block_size), rows))
+        memory, rows = usable_memory() / 4, 8192 // run.config.block_size
+    return max(1, int(min(memory / (token_bytes * run.config.block_size), rows)))
 
 
 def plan_batch(run, max_rows):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-# what models call their context, and what they call the memory of the tokens read so far
+# what models call their context, and what versions of transformers call the cache
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
             "context_length", "n_ctx")
-CACHES = ("cache", "past_key_values", "cache_params", "state")
+CACHES = ("cache", "past_key_values")
 
 
 class HuggingFaceModel(torch.nn.Module):
@@ -22,7 +22,7 @@ class HuggingFaceModel(torch.nn.Module):
         self.inner, self.bos, self.eot = inner, bos, eot
         self.head = inner.get_output_embeddings() or inner.get_input_embeddings()
         self.arguments = inspect.signature(inner.forward).parameters
-        # the name depends on the kind of model and on the version of transformers; None: it has no cache
+        # None: there is no such cache, and the text is read again for every token
         output = self.run(torch.ones(1, 1, dtype=torch.int64, device=self.head.weight.device), use_cache=True)
         self.cache_name = next((name for name in CACHES if name in self.arguments and name in output), None)
         # No layers: our Cache then allocates no memory. It only counts tokens, and carries the model's own cache.
@@ -52,7 +52,7 @@ class HuggingFaceModel(torch.nn.Module):
     def read_on(self, idx, cache, is_start):
         """Logits (B, T, V) of tokens that follow those that the cache stands for."""
         cache.length += idx.size(1)
-        if self.cache_name is None:  # read everything again
+        if self.cache_name is None:
             cache.text = idx if is_start else torch.cat((cache.text, idx), dim=1)
             return self.run(cache.text, use_cache=False).logits[:, -idx.size(1):]
         past = {} if is_start else {self.cache_name: cache.past}
@@ -86,8 +86,8 @@ def load(name, device, tokenizer=""):
         is_causal = sees_no_later_token(inner, device)
     except Exception as error:  # of many packages, for what is missing, has another form, or cannot be fetched
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"hf:{name} cannot be loaded: {reason} (if only its tokenizer is missing, name another model's, such as "
-                 "--tokenizer=EleutherAI/gpt-neo-125M)")
+        sys.exit(f"hf:{name} cannot be loaded: {reason} (if only its tokenizer is missing, name another model's, such "
+                 "as --tokenizer=EleutherAI/gpt-neo-125M)")
     if report["missing_keys"]:  # transformers has filled them with random numbers
         sys.exit(f"hf:{name} lacks weights, such as {min(report['missing_keys'])}: name a causal language model")
     if not is_causal:
@@ -97,7 +97,7 @@ def load(name, device, tokenizer=""):
     model = HuggingFaceModel(inner, bos, eot, context_of(inner, encoder))
     vocab_size = model.config.vocab_size
     if eot is None or max(bos, eot) >= vocab_size:
-        sys.exit(f"hf:{name} has no token that ends a text: name a tokenizer that fits it and has one, with --tokenizer")
+        sys.exit(f"hf:{name} has no token that ends a text: name a tokenizer that fits it and has one with --tokenizer")
 
     def encode(text):
         ids = encoder.encode(text, add_special_tokens=False)

@@ -187,8 +187,8 @@ def test_ctrl_c_does_not_end_a_notebook(monkeypatch, capsys):
 
 def run_script(*lines, **options):
     """The end of a process that runs these lines of Python."""
-    return subprocess.run([sys.executable, "-c", "import common, signal, sys\n" + "\n".join(lines)], cwd=ROOT, text=True,
-                          capture_output=True, **options)
+    script = "\n".join(["import common, signal, sys", *lines])
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, **options)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")

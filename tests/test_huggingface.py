@@ -176,7 +176,8 @@ def test_a_tokenizer_of_another_model_must_fit(save):
         encoding.encode_ordinary("Once upon a time Lily went to the park.")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "<e>": 1, "Once": 2}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", unk_token="?").save_pretrained("words")
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", unk_token="?")
+    words.save_pretrained("words")
     subject = eval.load_subject("hf:theirs/gpt2", CPU, "tiny", tokenizer="words")
     figures = eval.grade_loss(subject, "tiny")
     assert figures["stories that its tokenizer alters"] == figures["stories"]
