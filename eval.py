@@ -68,7 +68,7 @@ def score(model, tokens, eot, batch_tokens=None, title="evaluating"):
     padded at the end, where causal attention cannot see the padding."""
     device = model.head.weight.device
     if batch_tokens is None and device.type == "cpu":
-        # larger batches are slower, but a small model has so little to do in each that its threads wait for each other
+        # larger batches are slower, but a small model has so little to do in each that its threads mostly wait
         batch_tokens = min(max(1024, 2**30 // sum(p.numel() for p in model.parameters())), 4096)
     batch_tokens = batch_tokens or 2**14
     batch_tokens = min(batch_tokens, 2**27 // model.config.vocab_size)  # at most 512 MB of logits
