@@ -215,6 +215,20 @@ def test_only_the_cpus_that_this_process_may_use_are_used(monkeypatch):
     assert pools == [2, 61]
 
 
+def test_a_worker_that_is_killed_ends_the_program_in_one_line():
+    """As Linux does where memory runs out."""
+    with pytest.raises(SystemExit, match="worker process was killed.*--workers=2"):
+        list(prepare.run_workers(os._exit, [(9,)], "", workers=4))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(workplace, monkeypatch):
+    def refuse(folder):
+        raise SystemExit(f"cannot write to {folder}")
+    monkeypatch.setattr(prepare, "check_writable", refuse)
+    with pytest.raises(SystemExit, match="cannot write to data/x"):
+        prepare.main(["--dataset=x", "--input=none.txt"])
+
+
 def test_bins_are_what_the_tokenizer_makes_of_each_story_alone(in_prepared):
     encoding, tokens = prepare.load_tokenizer("tiny"), prepare.load_tokens("tiny", "train")
     stories = read_back("tiny", "train")
