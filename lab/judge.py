@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list
-from generate import MAX_REQUESTS, ask_all, connect, dollars, open_to_append, parse_server_args, read_lines
+from generate import (MAX_REQUESTS, ask_all, connect, dollars, open_to_append, parse_server_args, read_lines,
+                      without_thoughts)
 from lab.completions import complete, pick_stories
 from prepare import instruction, load_tokenizer, load_tokens
 
-REPLY_TOKENS = 1000  # limit of a reply
 MARKS = ("grammar", "creativity", "consistency", "plot")
 AGES = {"A": 3, "B": 4.5, "C": 6.5, "D": 8.5, "E": 11, "F": 14.5}  # years
 QUESTION = """Below is the beginning of a story. It breaks off in the middle of a sentence, at the sign ***. A student
@@ -83,12 +83,12 @@ def make_questions(subject, prompts, args):
 
 def read_replies(path):
     """{key of a question: marks} of the replies that are on disk: in the file `path`, and in those of other runs, since
-    all runs on a dataset have the same controls."""
+    all runs on a dataset have the same controls. A question whose replies have no marks is asked again."""
     replies = {}
     for file in sorted({path, *glob.glob(os.path.join("out", "*", "judge.jsonl"))}):
         for record in read_lines(file):
-            # a question that had a reply without marks was asked again
-            replies[record["key"]] = record["marks"] or replies.get(record["key"])
+            if record["marks"]:
+                replies[record["key"]] = record["marks"]
     return replies
 
 
@@ -104,24 +104,25 @@ def get_marks(questions, path, tokens, args):
     tasks = [(key, by_key[key], MAX_REQUESTS) for key in sorted(by_key) if key not in replies]
 
     def store(key, answer):
-        replies[key] = parse_marks(answer.text)
-        record = {"key": key, "judge": args.model, "reply": answer.text, "marks": replies[key],
+        marks = parse_marks(without_thoughts(answer.text))
+        if marks:
+            replies[key] = marks
+        record = {"key": key, "judge": args.model, "reply": answer.text, "marks": marks,
                   "finish": answer.finish, "model": answer.model, **answer.tokens}
         print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-        return "" if replies[key] else "no marks"
+        return "" if marks else "no marks"
 
     if tasks:
         tokens_in, tokens_out = sum(len(question) for _, question, _ in tasks) // 4, 300 * len(tasks)
         print(f"{len(tasks):,} questions to {args.model}, and {len(by_key) - len(tasks):,} replies on disk: about "
               f"{tokens_in:,} tokens in, {tokens_out:,} out, ${dollars(args, tokens_in, tokens_out):.2f}")
-        request = {"model": args.model, "max_tokens": REPLY_TOKENS}
         bar = tqdm(total=len(tasks), desc=args.model, disable=None)
         try:
             with open_to_append(path) as file:
-                ask_all(connect(args), request, tasks, store, bar, args, tokens)
+                ask_all(connect(args), args.request, tasks, store, bar, args, tokens)
         except (SystemExit, KeyboardInterrupt) as end:
             raise type(end)(f"{end}\nthe replies so far are in {path}: run the same command again to continue")
-    return {question: replies[key] for key, question in by_key.items()}
+    return {question: replies.get(key) for key, question in by_key.items()}
 
 
 def grade(questions, marks, model):
@@ -156,7 +157,7 @@ def main(argv=None):
     parser.option("max_tokens", 200, "length limit of a completion", low=1)
     parser.option("tokenizer", "", "for an hf: model without a tokenizer: the name of another one that has it")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
-    args = parse_server_args(parser, argv)
+    args = parse_server_args(parser, argv, "reply_tokens")
     if not args.model:
         parser.error("which model? --model=gpt-4o-mini for one")
     prompts = read_list("prompts", args.prompts, lambda prompt: isinstance(prompt, str))

@@ -1,16 +1,18 @@
 """generate.py against a real HTTP server on loopback, which speaks Chat Completions and misbehaves on demand."""
-import collections
 import itertools
 import json
 import os
 import pathlib
 import random
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -56,7 +58,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, behave=lambda prompt, times: None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behave, self.requests, self.times, self.keys = behave, [], collections.Counter(), set()
+        self.behave, self.requests, self.times, self.keys = behave, [], Counter(), set()
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -226,21 +228,69 @@ def test_other_words_are_no_inflections():
         assert other not in generate.inflections(word)
 
 
-@pytest.mark.parametrize("text", [
-    "A cat sat.\n\nIt slept.\n\nSummary: It slept.",
-    "Story: A cat sat.\n\nIt slept.\nsummary: It slept.",
-    "**The Cat**\n\nA cat sat.\n\nIt slept.\n\n**Summary:** It slept.",
-    "# The Cat\nA cat sat.\n\nIt slept.\n\n---\n\n## Summary: It slept.",
-    "Sure! Here is your story:\n\n**Story:**\nA cat sat.\n\nIt slept.\n\n*Summary*:\nIt slept.",
-    "<think>\nSummary: I need a cat.\n</think>\nA cat sat.\n\nIt slept.\n\nSummary: It slept.\n",
-    "A cat sat.\r\n\r\nIt slept.\r\n\r\nSummary: It slept.\r\n",
-])
-def test_story_and_summary_are_found_in_what_models_put_around_them(text):
-    assert generate.split_answer(text) == ("A cat sat.\n\nIt slept.", "It slept.")
+CAT = "A cat sat.\n\nIt slept."
 
 
-def test_the_quotation_mark_that_opens_a_story_stays():
-    assert generate.split_answer('**Story:** "Come here," said Tom.\nSummary: Tom calls.')[0] == '"Come here," said Tom.'
+@pytest.mark.parametrize("before, after", [(before, "") for before in (
+    "", "Story: ", "Story 1:\n", "**The Cat**\n\n", "# The Cat\n", "Title: The Cat\n\nStory: ", "```\n",
+    # small talk
+    "Okay, here is a story:\n\n", "Okay, here is a story: ", "Sure! Here is your story:\n\n**Story:**\n", "Sure! ",
+    "Sure! Here’s a short, simple story for you:\n\n", "*Okay, here is a story:*\n\n", "Certainly!\n\n",
+    "Of course! I'd be happy to write a story for you.\n\n", "Sure, here you go:\n", "Here's my attempt:\n\n",
+    'Here is a story using the words "jump", "dog" and "red":\n\n', "Certainly, here is your story.\n\n",
+    "Here is a story that a 3-year-old can understand:\n\n**The Cat**\n\n", "I have written a story for you:\n",
+    "Great! Here is the story you asked for:\n\n", "I'd love to help! Here's a story:\n\n",
+    # thoughts
+    "<think>\nSummary: I need a cat.\n</think>\n", "I need a cat.\n</think>\n\n",
+    "<think>a</think>Sure!\n<think></think>", "<unused94>thought\n<unused95>",
+    "<thinking>A dog?\n\nA cat.</thinking>", "[THINK]A cat.[/THINK]", "◁think▷A cat.◁/think▷",
+    "<seed:think>A cat.</seed:think>", "<reasoning>A cat.</reasoning><story>", "<think>A cat.</think>\n<answer>",
+    "<|channel|>analysis<|message|>A cat.<|end|><|start|>assistant<|channel|>final<|message|>",
+    "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>commentary<|message|>B<|end|><|start|>assistant"
+    "<|channel|>final<|message|>Sure! Here is a story:\n\n", "analysisWe need a cat.assistantfinal",
+    "<|channel>thought\nA cat.<channel|>", "<|START_THINKING|>A cat.<|END_THINKING|><|START_RESPONSE|>",
+    "<|begin_of_thought|>A cat.<|end_of_thought|>\n<|begin_of_solution|>", "<|im_start|>assistant\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n")] + [("", after) for after in (
+    " Would you like another?", "\n\nWould you like another story?", "\n\n---\n\nI hope you enjoyed this story! 😊",
+    "\n\nLet me know if you’d like me to change it!", "\n\n*(Word count: 120)*", "\n\nEnjoy!", "\n```",
+    '\n\nNote: I used the words "jump" and "dog".', "\n\n**Words used:** jump, dog",
+    "\nFeel free to ask for more. Bye!",
+    "\n\nIs there anything else I can help with?", "\n\nIf you'd like another story, just ask!", "\n\n</story>",
+    "\n\n(This story uses the words jump and dog.)\n\nDo you want me to write one more?")])
+def test_thoughts_and_small_talk_never_reach_the_corpus(before, after):
+    assert generate.split_answer(before + CAT + after) == (CAT, "")
+    assert generate.split_answer(f"{before}{CAT}{after}\n\nSummary: It slept.") == (CAT, "It slept.")
+
+
+@pytest.mark.parametrize("summary", [
+    "Summary: It slept.\n", "summary: It slept.", "**Summary:** It slept.", "---\n\n## Summary: It slept.",
+    "*Summary*:\nIt slept.", "## Summary\n\nIt slept.", "One-sentence summary: It slept.",
+    "<summary>It slept.</summary>",
+    "Summary - It slept.", "**Story Summary:** It slept.\n\nWould you like another?", "Summary: It slept.<|return|>",
+    "Summary: It slept. Would you like another?", "Summary: It slept.\nI hope you enjoyed the story!",
+    "Summary: It slept.\n\nThe user may like it.", "Summary: It slept.<|im_end|>\n<|im_start|>user\nAnother one!"])
+def test_the_summary_is_one_sentence_however_it_is_marked(summary):
+    for newline in "\n", "\r\n":
+        assert generate.split_answer(f"{CAT}\n\n{summary}".replace("\n", newline)) == (CAT, "It slept.")
+
+
+@pytest.mark.parametrize("story", [
+    'Here is what Tom said: "Jump."\n\nHe jumped.', 'In the wood, the owl always said:\n"Be kind."\nThe end.',
+    "Let me tell you a story about a bear.\n\nHe was red.", "Here is the story of Tom.\n\nHe ran.",
+    "This is the story of a dog.\n\nHe ran.", "Sure enough, it rained.", '"Sure!" said Tom.\n\nHe ran.',
+    "Of course, the dog ran.", "Okay was a small dog.\n\nHe ran.", "Story time was best.\n\nTom ran.",
+    "I have a dog. I made this story for my mom.\n\nHe ran.", "Great dogs run. They do.", "Analysis was a cat. It ran.",
+    'There was a dog.\n\n"Would you like another story?" asked Mom.', "A dog ran.\n\nWould you like to run, too?",
+    "A dog ran. And you? What would you do?", "I can hear more birds now.", "He ran. I hope you like it too.",
+    "He ran.\n\nI am happy to help my mom.", "A dog ran.\nThe story was over.\nThe end.",
+    "Tom wrote a note: I love you.", "A dog read a book. The story had a red cat.", "I think dogs plan a lot.",
+    "Mom gave a summary.\nIt was short.", 'Tom said, "Let me know when you are done."',
+    'Tom said, "I can tell you another story."', "They hoped the story would go on.", "A heart <3 is red."])
+def test_a_real_story_is_not_cut(story):
+    assert generate.split_answer(story) == (story, "")
+    assert generate.split_answer(f"**Story:** {story}\n\nSummary: It ran.") == (story, "It ran.")
+    good = generate.Answer("writer", {})
+    assert not generate.why_rejected(story + "\nThe dog ran on." * generate.MIN_WORDS, good, [], set())
 
 
 def test_a_run_writes_one_whole_record_a_story(capsys):
@@ -269,14 +319,14 @@ STORY = good('"jump"')["choices"][0]["message"]["content"]
     ("refused", answer("I’m sorry, but I can’t write that story. " * 12)),
     ("refused", (400, {}, json.dumps({"error": {"message": "filtered", "code": "content_filter"}}))),
     ("too short", answer("A dog ran. Summary: It ran.")),
+    ("refused", (400, {}, json.dumps({"error": {"message": "", "inner": {"code": "content_policy_violation"}}}))),
+    ("thoughts or talk", answer("Okay, so the user wants a story. " + STORY)),
+    ("thoughts or talk", answer("We need to write a story with a dog. " + STORY)),
+    ("thoughts or talk", answer(json.dumps({"story": STORY}))),
+    ("empty", answer("<think>Let me see.", finish="length")),
+    ("empty", answer("<|channel|>analysis<|message|>Let me see.")),
     ("empty", answer("")),
     ("empty", answer(None)),
-    ("malformed", (200, {}, '{"choices": [')),
-    ("malformed", (200, {}, "[1, 2]")),
-    ("malformed", (200, {}, '{"error": {"message": "overloaded"}}')),
-    ("malformed", (200, {"content-type": "text/html"}, "<html>Please log in</html>")),
-    ("malformed", {**answer(""), "choices": []}),
-    ("malformed", answer([{"type": "text", "text": "parts"}])),
 ])
 def test_a_bad_answer_is_counted_and_asked_for_once_more(reason, bad, capsys):
     with Server(lambda prompt, times: bad if times == 1 else None) as server:
@@ -308,16 +358,6 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
     assert f"({2 * len(given_up)} too short;" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("url, limit", [("https://api.openai.com/v1", "max_completion_tokens"),
-                                        ("http://localhost:8000/v1", "max_tokens")])
-def test_the_limit_of_an_answer_has_the_name_that_the_server_knows(url, limit, monkeypatch):
-    client = generate.connect(SimpleNamespace(base_url=url, timeout=1, max_retries=0))
-    sent = {}
-    monkeypatch.setattr(client.chat.completions, "create", sent.update)
-    generate.ask(client, {"model": "writer", "max_tokens": 1000}, "Write.")
-    assert sent == {"model": "writer", "messages": [{"role": "user", "content": "Write."}], limit: 1000}
-
-
 def test_half_a_surrogate_pair_does_not_lose_the_answer():
     with Server(lambda prompt, times: answer(good(prompt)["choices"][0]["message"]["content"] + "\ud83d")) as server:
         run(server, "--n=1")
@@ -331,7 +371,7 @@ def test_faults_that_pass_cost_nothing_but_time():
         if times == 1:
             time.sleep(0.05 * random.random())
             return next(faults)
-    faults = itertools.cycle([fault(429), fault(500), fault(503), fault(408), (200, {}, None)])
+    faults = itertools.cycle([fault(429), fault(500), fault(503), fault(408), (502, {"retry-after-ms": "1"}, "")])
     with Server(misbehave) as server:
         run(server, "--n=20", "--concurrency=3")
     assert indices() == list(range(20)) and lines("rejected") == []
@@ -351,11 +391,20 @@ def test_a_slow_answer_is_given_up_and_asked_for_again():
     with Server(lambda prompt, times: time.sleep(1.5) if times == 1 else None) as server:
         run(server, "--n=1", "--timeout=0.3")
     assert indices() == [0] and len(server.requests) >= 2               # a busy machine may be late once more
+    assert lines("rejected")[0]["reason"] == "no answer"                # it may have to be paid
+
+
+def test_half_an_answer_is_asked_for_again_and_counted_as_the_dearest(capsys):
+    with Server(lambda prompt, times: (200, {}, None) if times == 1 else None) as server:
+        run(server, "--n=2", "--max_tokens=700", "--max_retries=1")
+    assert indices() == [0, 1] and len(server.requests) == 4
+    assert [record["tokens_out"] for record in lines("rejected")] == [700, 700]
+    assert "1,800 out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("status, message", [
     (401, f"Incorrect API key provided: {KEY}"), (403, "not allowed"), (404, "The model `writer` does not exist"),
-    (400, "Unsupported parameter"), (402, "no credit"), (429, "insufficient_quota")])
+    (400, "Unsupported parameter"), (400, ""), (402, "no credit"), (429, "insufficient_quota")])
 def test_what_waiting_cannot_mend_stops_the_run_at_once(status, message, capsys):
     with Server(lambda prompt, times: fault(status, message) if len(server.requests) > 10 else None) as server:
         line = refused(server, "--n=100", "--concurrency=3")
@@ -368,7 +417,7 @@ def test_a_server_that_always_fails_is_not_asked_for_ever():
     with Server(lambda prompt, times: fault(500, "broken")) as server:
         line = refused(server, "--n=100", "--concurrency=3", "--max_retries=1")
     assert "a request failed at 127.0.0.1" in line and "broken" in line
-    assert len(server.requests) <= 2 * 3 * 3 and set(server.times.values()) == {2}
+    assert len(server.requests) <= 2 * 3 * 3 and max(server.times.values()) == 2
 
 
 def test_one_story_that_always_fails_does_not_hold_up_the_others():
@@ -409,6 +458,273 @@ def test_a_missing_or_broken_key_is_one_line(monkeypatch):
     assert not server.requests
 
 # ---------------------------------------------------------------------------------------------------------------
+# what other servers do
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Failed requests are sent again at once."""
+    monkeypatch.setattr(generate, "FIRST_PAUSE", 0.001)
+
+
+def stream(*chunks, end="data: [DONE]\n\n"):
+    """A reply that comes in chunks, with comments between them as some servers send them."""
+    body = "".join(f": wait\n\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    return 200, {"content-type": "text/event-stream"}, body + end
+
+
+def chunks_of(reply):
+    """The chunks of a streamed reply: one for each paragraph, an empty one with the reason, and one with the usage."""
+    choice = reply["choices"][0]
+    deltas = [{"delta": {"content": part}} for part in re.split(r"(\n\n)", choice["message"]["content"])]
+    return [{"model": "streamer", "choices": [delta]} for delta in deltas] + [
+        {"choices": [{"delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": reply["usage"]}]
+
+
+@pytest.mark.parametrize("reply, said", [
+    ({"error": "Unexpected endpoint or method. (POST /chat/completions)"}, "Unexpected endpoint"),
+    ({"error": {"message": "overloaded", "code": 503}}, "overloaded"),
+    ({"error": {"message": "Rate limit exceeded", "code": 429}, "choices": None}, "Rate limit"),
+    ({"object": "error", "message": "no worker"}, "no worker"),
+    ({"choices": []}, "choices"),
+    ({"choices": [{"error": {"message": "lost upstream"}, "message": {"content": "Once"}}]}, "lost upstream"),
+    ({**answer("Once", finish="error"), "usage": None}, "error"),
+    ((200, {}, '[{"error": {"message": "busy"}}]'), "busy"),
+    ((200, {}, "[1, 2]"), "[1, 2]"), ((200, {}, ""), "200"), ((200, {}, '{"choices": ['), "choices"),
+    ((200, {"content-type": "text/html"}, "<html>Please log in</html>"), "log in"),
+    (stream({"error": {"message": "overloaded"}}), "overloaded"),
+])
+def test_a_200_without_an_answer_is_a_failed_request_and_uses_no_story_up(reply, said, soon, capsys):
+    with Server(lambda prompt, times: reply if times == 1 else None) as server:
+        run(server, "--n=2")
+        assert indices() == [0, 1] and lines("rejected") == [] and len(server.requests) == 4
+    assert said in capsys.readouterr().err                              # at once, and not only when it is given up
+
+
+def test_a_server_that_says_200_and_an_error_is_not_asked_for_ever_and_the_next_run_goes_on(soon):
+    with Server(lambda prompt, times: {"error": "Unexpected endpoint"}) as server:
+        line = refused(server, "--n=15", "--max_retries=1", "--concurrency=3")
+        assert "Unexpected endpoint" in line and line.count("\n") == 1 and len(server.requests) <= 2 * 6
+        assert lines("rejected") == []
+        server.behave = lambda prompt, times: None
+        run(server, "--n=15")
+    assert indices() == list(range(15))
+
+
+def test_a_200_with_an_error_that_stays_ends_the_run_at_once():
+    with Server(lambda prompt, times: {"error": {"message": "No auth", "code": 401}}) as server:
+        assert "No auth" in refused(server, "--concurrency=1") and len(server.requests) == 1
+
+
+def test_a_forgotten_v1_is_suggested(soon):
+    with Server(lambda prompt, times: {"error": "Unexpected endpoint"}) as server:
+        server.url = server.url.removesuffix("/v1")
+        assert "usually ends in /v1" in refused(server, "--max_retries=0")
+
+
+OTHER = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+@pytest.mark.parametrize("status, body", [
+    (400, {"error": {"message": OTHER, "param": "max_tokens", "code": "unsupported_parameter"}}),
+    (400, {"error": OTHER}),
+    (422, {"detail": [{"loc": ["body", "max_tokens"], "msg": "Extra inputs are not permitted"}]}),
+    (400, {"message": "unrecognized request argument supplied: max_tokens"})])
+def test_the_other_name_of_the_limit_is_tried_once_and_kept(status, body):
+    def behave(prompt, times):
+        return (status, {}, json.dumps(body)) if "max_tokens" in server.requests[-1] or refuses_both else None
+    refuses_both = False
+    with Server(behave) as server:
+        run(server, "--n=3", "--concurrency=1")
+        assert ["max_completion_tokens" in request for request in server.requests] == [False, True, True, True]
+        assert server.requests[-1]["max_completion_tokens"] == 1000 and indices() == [0, 1, 2]
+        refuses_both = True
+        assert '{"max_tokens": null}' in refused(server, "--n=4", "--concurrency=1") and len(server.requests) == 4 + 2
+        refuses_both = False
+        run(server, "--n=4", "--name=unlimited", '--extra={"max_tokens": null}')
+    assert not {"max_tokens", "max_completion_tokens"} & server.requests[-1].keys()
+
+
+def test_what_the_servers_filter_refuses_is_given_up_for_good():
+    refusal = 400, {}, json.dumps({"error": {"message": "filtered", "code": "content_filter"}})
+    with Server(lambda prompt, times: refusal if prompt == server.requests[0]["messages"][0]["content"] else None
+                ) as server:
+        run(server, "--n=4", "--concurrency=1")
+        run(server, "--n=4")
+    assert indices() == [1, 2, 3] and len(server.requests) == 5
+
+
+@pytest.mark.parametrize("status, said, action", [
+    (400, "max_tokens is too large: 5000. This model supports at most 4096 completion tokens", "stop"),
+    (400, "the request was flagged by our moderation", "refused"), (400, "'temperature' is not supported", "stop"),
+    (429, "tokens per minute; use streaming instead", "retry"), (500, "an upstream server failed", "retry"),
+    (529, "overloaded", "retry"), (0, "Connection error.", "retry"), (404, "no such model", "stop"),
+    (0, "certificate verify failed: Hostname mismatch", "stop"), (403, "not in your country", "stop")])
+def test_what_to_do_about_what_a_server_says(status, said, action):
+    answer = generate.Answer("writer", {}, error=said, status=status)
+    assert generate.what_to_do(answer, {"model": "writer", "max_tokens": 5000, "temperature": 1}, []) == action
+
+
+def test_a_parameter_that_is_refused_can_be_left_out_and_others_added():
+    said = "Unsupported value: 'temperature' does not support 1 with this model."
+    with Server(lambda prompt, times: fault(400, said) if "temperature" in server.requests[-1] else None) as server:
+        line = refused(server, "--n=2")
+        assert said in line and """--extra='{"temperature": null}'""" in line
+        run(server, "--n=2", '--extra={"temperature": null, "reasoning_effort": "low", "chat": {"think": false}}')
+        assert server.requests[-1]["reasoning_effort"] == "low" and server.requests[-1]["chat"] == {"think": False}
+    assert indices() == [0, 1]
+
+
+@pytest.mark.parametrize("said, options", [
+    ("This model only support stream mode, please enable the stream parameter to access the model.", True),
+    ("Stream must be set to true", False), ("Non-streaming requests are not supported", True)])
+def test_a_model_that_only_streams(said, options):
+    def behave(prompt, times):
+        if not server.requests[-1].get("stream"):
+            return fault(400, said)
+        if not options and "stream_options" in server.requests[-1]:
+            return fault(400, "Unknown parameter: 'stream_options'")
+        return stream(*chunks_of(good(prompt)))
+    with Server(behave) as server:
+        run(server, "--n=3", "--concurrency=1")
+    assert indices() == [0, 1, 2] and len(server.requests) == 3 + 1 + (not options)
+    record = lines()[0]
+    assert record["summary"] == "It ended." and record["model"] == "streamer"
+    assert (record["tokens_in"], record["tokens_out"]) == (100, 200)
+
+
+def test_a_server_that_streams_unasked_and_breaks_off(soon, capsys):
+    def behave(prompt, times):
+        chunks = chunks_of(good(prompt))
+        return stream(*chunks) if times > 1 else stream(*chunks[:3], end="")
+    with Server(behave) as server:
+        run(server, "--n=1")
+    assert lines()[0]["summary"] == "It ended." and "broke off" in capsys.readouterr().err
+    assert [record["reason"] for record in lines("rejected")] == ["no answer"]
+
+
+def test_the_text_parts_of_a_content_are_joined_and_thoughts_left_out():
+    def parts(prompt, times):
+        text = good(prompt)["choices"][0]["message"]["content"]
+        return answer([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                       {"type": "text", "text": text[:30]}, {"type": "reasoning", "text": "Hm."}, text[30:]])
+    with Server(parts) as server:
+        run(server, "--n=2")
+    assert indices() == [0, 1] and lines()[0]["summary"] == "It ended." and "Hm" not in lines()[0]["story"]
+
+
+@pytest.mark.parametrize("thoughts, finish", [
+    ("", "length"), ("", "stop"), (None, "MAX_TOKENS"), ("<think>Hm", "length"), ("<think>Hm", "stop")])
+def test_answers_that_end_at_the_limit_stop_the_run_early_and_name_the_option(thoughts, finish):
+    def behave(prompt, times):
+        reply = answer(thoughts, finish=finish)
+        reply["usage"]["completion_tokens"] = server.requests[-1]["max_tokens"]
+        return reply if server.requests[-1]["max_tokens"] < 3000 else None
+    with Server(behave) as server:
+        line = refused(server, "--n=15", "--concurrency=2")
+        assert "raise --max_tokens" in line and "thinking" in line and len(server.requests) <= 6
+        run(server, "--n=15", "--max_tokens=3000")                      # nothing is used up
+        assert indices() == list(range(15))
+        server.behave = lambda prompt, times: answer("", finish="length")
+        assert "raise --max_tokens" in refused(server, "--n=25")
+        server.behave = lambda prompt, times: None
+        run(server, "--n=25", "--max_tokens=4000")                      # not even where some stories are good
+    assert indices() == list(range(25))
+
+
+def test_empty_answers_use_no_story_up(capsys):
+    with Server(lambda prompt, times: answer("") if prompt == server.requests[0]["messages"][0]["content"] and times < 3
+                else None) as server:
+        run(server, "--n=9", "--concurrency=3")
+        assert len(lines()) == 8 and "1 stories are missing" in capsys.readouterr().out
+        run(server, "--n=9")
+    assert indices() == list(range(9))
+
+
+@pytest.mark.parametrize("key", ["x", "ma", "max", "ollama"])
+def test_a_word_instead_of_a_key_is_not_replaced_in_what_the_server_says(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setattr(generate, "KEY", key, raising=False)
+    with Server(lambda prompt, times: fault(400, "max_tokens exceeds what ollama has")) as server:
+        with pytest.raises(SystemExit, match="max_tokens exceeds what ollama has"):
+            run(server)
+
+
+@pytest.mark.parametrize("name, value", [("ALL_PROXY", "socks5://127.0.0.1:9"), ("HTTPS_PROXY", "gopher://127.0.0.1:9"),
+                                         ("SSL_CERT_FILE", "none.pem"), ("HTTP_PROXY", "http://127.0.0.1:9")])
+def test_the_network_of_the_environment(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with Server() as server:
+        run(server, "--n=1")                                            # a server on this machine needs no proxy
+    if name != "HTTP_PROXY":
+        with pytest.raises(SystemExit, match=f"{name}") as end:
+            generate.connect(SimpleNamespace(base_url="https://example.org/v1", timeout=1))
+        assert "\n" not in str(end.value)
+
+
+def test_a_server_without_https():
+    with Server() as server:
+        server.url = server.url.replace("http:", "https:")
+        line = refused(server, "--n=1")                                 # at once, in spite of --max_retries=8
+    assert "SSL" in line and line.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
+def test_a_self_signed_certificate_is_named_and_not_tried_again(monkeypatch):
+    subprocess.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=a -addext "
+                   "subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem".split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain("cert.pem", "key.pem")
+    with Server() as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.url = server.url.replace("http:", "https:")
+        line = refused(server, "--n=1")
+        assert "self-signed certificate" in line.replace("self signed", "self-signed") and "SSL_CERT_FILE" in line
+        monkeypatch.setenv("SSL_CERT_FILE", "cert.pem")
+        run(server, "--n=1")
+
+
+@pytest.mark.parametrize("extra", ["low", "[1]", '{"a": NaN}', '{"n": 2}', '{"model": "other"}', '{"max_tokens": 5}'])
+def test_extra_parameters_are_an_object_without_those_that_have_an_option(extra, capsys):
+    with pytest.raises(SystemExit):
+        generate.main([f"--extra={extra}", "--model=writer"])
+    assert "--extra" in (line := capsys.readouterr().err) and line.count("\n") == 1
+
+
+def test_requests_that_time_out_lower_the_concurrency_and_answers_raise_it_again():
+    tokens = {"tokens_in": 1, "tokens_out": 1}
+    bar = SimpleNamespace(update=lambda: None, write=lambda text, file: None)
+    args = SimpleNamespace(concurrency=8, max_retries=9)
+    asking = generate.Asking(None, {}, lambda item, answer: "", bar, args, Counter())
+    late = generate.Answer("writer", tokens, error="late", lost=True)
+    for _ in range(5):
+        asking.take(generate.Task(0, "", 1), late)
+    assert asking.places == 3
+    for _ in range(21):
+        asking.take(generate.Task(0, "", 1), generate.Answer("writer", tokens))
+    assert int(asking.places) == 4
+    for _ in range(20):
+        asking.take(generate.Task(0, "", 1), late)
+    assert asking.places == 1
+
+
+def test_a_server_that_answers_one_at_a_time_is_not_overrun(monkeypatch):
+    """It takes half as long as --timeout allows, so that of five requests at a time three would wait in vain."""
+    monkeypatch.setattr(generate, "FIRST_PAUSE", 0.05)
+    one = threading.Lock()
+
+    def behave(prompt, times):
+        with one:
+            time.sleep(0.1)
+    with Server(behave) as server:
+        run(server, "--n=5", "--concurrency=5", "--timeout=0.25", "--max_retries=20")
+    assert indices() == list(range(5))
+
+
+def test_a_long_retry_after_ends_the_run_and_says_so():
+    with Server(lambda prompt, times: fault(429, retry_after="86400", retry_after_ms="")) as server:
+        assert "86,400 seconds" in refused(server, "--n=1") and len(server.requests) == 1
+
+# ---------------------------------------------------------------------------------------------------------------
 # nothing lost, nothing paid twice
 
 def test_a_longer_run_only_adds():
@@ -420,13 +736,13 @@ def test_a_longer_run_only_adds():
 
 
 @pytest.mark.parametrize("option", ["--model=other", "--seed=2", "--level=pupil", "--naive", "--temperature=0.5",
-                                    "--max_tokens=10", "--words=more.json"])
+                                    '--extra={"top_p": 0.9}', "--words=more.json"])
 def test_other_settings_are_refused_by_name(option):
     pathlib.Path("more.json").write_text(json.dumps({**WORDS, "nouns": {"animals": ["ox"]}}))
     with Server() as server:
         run(server, "--n=2")
         assert f"was begun with {option.split('=')[0]}=" in refused(server, "--n=3", option)
-        run(server, "--n=3", "--concurrency=1", "--timeout=9", "--max_retries=1")       # these may change
+        run(server, "--n=3", "--concurrency=1", "--timeout=9", "--max_retries=1", "--max_tokens=9")  # these may change
     assert len(server.requests) == 3
 
 
@@ -491,7 +807,8 @@ def start(server, *options, **more):
 @pytest.mark.parametrize("log", [{}, {"OPENAI_LOG": "debug"}])
 def test_the_key_is_nowhere(log):
     """Not on the terminal, and (see `workplace`) in no file, even where the server repeats it."""
-    happens = iter([None, answer("No."), (500, {}, f"<html>{KEY}</html>"), (200, {}, f'{{"error": "{KEY}"'), None,
+    happens = iter([None, answer("No."), (500, {"retry-after-ms": "1"}, f"<html>{KEY}</html>"), None,
+                    (200, {}, f'{{"error": "{KEY}"'), None,
                     fault(401, f"Incorrect API key provided: {KEY}")])
     with Server(lambda prompt, times: next(happens)) as server:
         process = start(server, "--concurrency=1", env={**os.environ, **log})
@@ -605,3 +922,10 @@ def test_max_cost_is_never_passed_whatever_is_under_way(concurrency, capsys):
         assert len(server.requests) == 30
         run(server, *options, "--max_cost=1.01")
     assert indices() == list(range(50)) and len(server.requests) == 100
+
+
+def test_max_cost_counts_requests_that_timed_out_since_they_may_have_to_be_paid(soon):
+    options = ["--n=9", "--concurrency=1", "--timeout=0.1", "--price_out=10", "--max_cost=0.025"]
+    with Server(lambda prompt, times: time.sleep(0.4)) as server:
+        for _ in range(2):                                              # nor are they forgotten in the next run
+            assert "might pass --max_cost" in refused(server, *options) and len(server.requests) == 2

@@ -7,13 +7,15 @@ import re
 import shutil
 import signal
 import threading
+from collections import Counter
 
 import pytest
 import torch
 
-from common import load_checkpoint
+from common import CommandLine, load_checkpoint
 from conftest import error_of
 from eval import split_stories
+from generate import parse_server_args
 from lab import judge
 from prepare import load_meta, load_tokenizer, load_tokens
 from test_generate import Server, answer
@@ -46,7 +48,7 @@ def judged(run, in_prepared, fine, monkeypatch):
                             "--each=2", "--max_tokens=20", "--prompts=prompts.json", *options])
             finally:
                 mark.asked = [request["messages"][0]["content"] for request in server.requests]
-                assert all(request["max_tokens"] == 1000 for request in server.requests)  # --max_cost counts on it
+                mark.requests = server.requests
         return json.loads(pathlib.Path(run, "eval.json").read_text())["judge"]
 
     def fair(prompt, times):
@@ -68,6 +70,7 @@ def test_a_fair_judge_tells_the_controls_apart(judged, capsys):
     assert not any(name in question for question in judged.asked for name in ("true ending", "shuffled", "control"))
     out = capsys.readouterr().out
     assert "tokens in" in out and "grammar, true endings" in out
+    assert all(request["max_tokens"] == 1000 for request in judged.requests)  # --max_cost counts on it
 
 
 def test_a_second_run_pays_nothing_and_needs_no_key(judged, monkeypatch):
@@ -95,6 +98,38 @@ def test_replies_without_marks_are_asked_for_once_more(judged):
     figures = judged(lambda prompt, times: answer("Nice." if times == 1 or "park" in prompt else MARKS.format(7, 7)))
     hopeless = {question for question in judged.asked if "park" in question}
     assert len(judged.asked) == 2 * len(set(judged.asked)) and figures["replies without marks"] == len(hopeless) > 0
+
+
+@pytest.fixture
+def ask_judge(tmp_path, monkeypatch):
+    """Has a judge, given as a function of prompts, mark 30 endings, without a model that wrote them."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.chdir(tmp_path)
+
+    def ask(behave, *options):
+        with Server(behave) as server:
+            args = parse_server_args(CommandLine(""), [f"--base_url={server.url}", "--model=critic", *options],
+                                     "reply_tokens")
+            ask.requests = server.requests
+            return judge.get_marks({"": [[f"question {i}"] for i in range(30)]}, "judge.jsonl", Counter(), args)
+    return ask
+
+
+def test_replies_that_were_no_marks_are_asked_for_again_in_the_next_run(ask_judge):
+    marks = ask_judge(lambda prompt, times: answer("Nice." if prompt.endswith("7") else MARKS.format(7, 7)))
+    assert [question for question in marks if not marks[question]] == ["question 7", "question 17", "question 27"]
+    marks = ask_judge(lambda prompt, times: answer(MARKS.format(7, 7)))
+    assert len(ask_judge.requests) == 3 and all(marks.values())
+
+
+def test_a_judge_that_thinks_too_long_stops_early_and_goes_on_with_a_higher_limit(ask_judge):
+    with pytest.raises(SystemExit, match="raise --reply_tokens"):
+        ask_judge(lambda prompt, times: answer("<think>" + MARKS.format(1, 1), finish="length"), "--concurrency=2")
+    assert len(ask_judge.requests) <= 6
+    marks = ask_judge(lambda prompt, times: answer(f"{MARKS.format(1, 1)}</think>{MARKS.format(7, 7)}"),
+                      "--reply_tokens=3000", '--extra={"reasoning_effort": "low"}')
+    assert {mark["grammar"] for mark in marks.values()} == {7}  # not those of the thoughts
+    assert all(request["max_tokens"] == 3000 and request["reasoning_effort"] == "low" for request in ask_judge.requests)
 
 
 def test_what_was_paid_is_kept_when_a_limit_is_reached(judged, run):
