@@ -5,7 +5,8 @@
     python -m lab.export_models out/a --to=gguf --type=q8_0    half as large, and nearly equal
 
 These programs know the architectures of published models, not ours. `to_qwen3` finds weights with which Qwen3 (Yang
-et al. 2025, arXiv 2505.09388) computes the same logits. Nothing in Qwen3 can hold value embeddings or smear.
+et al. 2025, arXiv 2505.09388) computes the same logits. It has no place for value embeddings or smear, so a run must be
+trained with --smear=False --value_embeds=False. With --qk_gain=0 as well, its attention is half as large.
 """
 import contextlib
 import json
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from common import CommandLine, newest_run, run_main
 from model import norm
-from prepare import BYTES, EOT, load_ranks
+from prepare import BYTES, EOT
 from sample import load_run
 
 EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square
@@ -109,7 +110,7 @@ def qwen3_logits(config, weights, ids):
 
 def export(run):
     """(config, weights, ranks of the tokenizer) of a run as Qwen3. Exits if Qwen3 cannot compute what the run does."""
-    model, checkpoint, _ = load_run(run)
+    model, _, encoding = load_run(run)
     options = [f"--{name}={value}" for name, value in PLAIN.items() if getattr(model.config, name) != value]
     if options:
         sys.exit(f"{run} has parts that neither transformers nor llama.cpp knows: train it with {' '.join(options)}")
@@ -117,10 +118,10 @@ def export(run):
     ids = torch.arange(min(model.config.block_size, model.config.vocab_size)).flip(0)
     with torch.inference_mode():
         error = (qwen3_logits(config, weights, ids) - model(ids[None])[0]).abs().max().item()
-    if not error < 1e-3:  # on a model.py that was changed
-        sys.exit(f"as Qwen3, {run} would give logits that are off by {error:.2g}: if model.py was changed, make to_qwen3 "
-                 "in lab/export_models.py follow")
-    return config, weights, load_ranks(os.path.dirname(run) if run.endswith(".pt") else run)
+    if not error < 1e-3:
+        sys.exit(f"as Qwen3, {run} would give logits that are off by {error:.2g}: if model.py was changed, make "
+                 "to_qwen3 in lab/export_models.py follow")
+    return config, weights, {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
 
 
 # -----------------------------------------------------------------------------------------------------------------
