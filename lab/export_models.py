@@ -276,7 +276,7 @@ def main(argv=None):
     parser.option("out", "", "where to write (default: a new name inside the run's folder)")
     args = parser.parse_args(argv)
     run = args.run or newest_run()
-    name = os.path.basename(os.path.normpath(run)).removesuffix(".pt")
+    name = os.path.basename(os.path.abspath(run)).removesuffix(".pt")
     inside = os.path.dirname(run) if run.endswith(".pt") else run
     if args.to == "hf":
         path = args.out or os.path.join(inside, f"{name}-hf")
