@@ -1,9 +1,11 @@
 """Turn a run into a file that works without this repository.
 
-    python -m lab.export out/a --to=html        one page that tells stories in any browser: out/a/story.html
+    python -m lab.export out/a                          a page that tells stories in any browser: out/a/story.html
+    python -m lab.export out/a --to=hf                  a folder that transformers, lm-eval and vLLM load: out/a/a-hf
+    python -m lab.export out/a --to=gguf                a file for llama.cpp: out/a/a-16.gguf (pip install gguf)
 
 The page holds the weights, the tokenizer, and the forward pass once more, in JavaScript. It fetches nothing, so that it
-can be sent by mail and opened from anywhere.
+can be sent by mail and opened from anywhere. The other two are written by lab/qwen3.py.
 
 A second forward pass is a risk: change model.py, and the page would tell the stories of another network. Two checks
 prevent that. `forward` below computes in NumPy what the page does in JavaScript, and no page is written unless it
@@ -24,12 +26,14 @@ import numpy as np
 import torch
 
 from common import CommandLine, atomic_write, newest_run, run_main
+from lab.qwen3 import write_gguf, write_hf
 from prepare import WORDS, instruction
 from sample import generate, load_run
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "story_page.html")
 STORIES = 10  # that the model writes, for the check
 TOLERANCE = 0.01  # between logits; float32 itself makes a difference of about 0.0001
+BITS = {"html": (8, 16), "hf": (32,), "gguf": (16, 8, 32)}  # for each weight; first the default
 KNOWN = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "pos", "smear", "qk_gain", "value_embeds")
 
 
@@ -184,12 +188,28 @@ def write_page(run, model, checkpoint, encoding, bits):
 def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", default="", help="its folder, or a checkpoint in it (default: the newest)")
-    parser.option("to", "html", "what to write: a page that tells stories", choices=("html",))
-    parser.option("bits", 8, "for each weight; 16 are twice as large, and as good as exact", choices=(8, 16))
+    parser.option("to", "html", "a page that tells stories, a folder for transformers, or a file for llama.cpp",
+                  choices=list(BITS))
+    parser.option("bits", None, "for each weight: 8 or 16 in a page, where 16 are as good as exact (default: 8), and 8, "
+                  "16 or 32 for llama.cpp (default: 16)", type=int)
     args = parser.parse_args(argv)
+    bits = args.bits or BITS[args.to][0]
+    if bits not in BITS[args.to]:
+        parser.error(f"--bits={bits} is not possible with --to={args.to}: take {' or '.join(map(str, BITS[args.to]))}")
     run = args.run or newest_run()
-    model, checkpoint, encoding = load_run(run)
-    print(write_page(run, model, checkpoint, encoding, args.bits))
+    folder = os.path.dirname(run) if run.endswith(".pt") else run
+    name = os.path.basename(os.path.abspath(run)).removesuffix(".pt")
+    if args.to == "html":
+        model, checkpoint, encoding = load_run(run)
+        print(write_page(run, model, checkpoint, encoding, bits))
+    elif args.to == "hf":
+        path = os.path.join(folder, f"{name}-hf")
+        write_hf(run, path)
+        print(f"{path} is a folder for transformers. Try python eval.py hf:{path} --dataset=NAME")
+    else:
+        path = os.path.join(folder, f"{name}-{bits}.gguf")
+        write_gguf(run, path, bits)
+        print(f"{path} is a file for llama.cpp and Ollama. Try llama-completion -no-cnv -m {path} -p 'One day'")
 
 
 if __name__ == "__main__":

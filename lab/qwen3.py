@@ -1,12 +1,8 @@
-"""Write a run for other programs: a folder for transformers, or a file for llama.cpp and Ollama.
+"""A run as Qwen3, for programs that know the architectures of published models and not ours: see lab/export.py.
 
-    python -m lab.export_models out/a --to=hf                  what transformers, lm-eval and vLLM load
-    python -m lab.export_models out/a --to=gguf                what llama.cpp and Ollama load (pip install gguf)
-    python -m lab.export_models out/a --to=gguf --type=q8_0    half as large, and nearly equal
-
-These programs know the architectures of published models, not ours. `to_qwen3` finds weights with which Qwen3 (Yang
-et al. 2025, arXiv 2505.09388) computes the same logits. It has no place for value embeddings or smear, so a run must be
-trained with --smear=False --value_embeds=False. With --qk_gain=0 as well, its attention is half as large.
+`to_qwen3` finds weights with which Qwen3 (Yang et al. 2025, arXiv 2505.09388) computes the same logits. It has no place
+for value embeddings or smear, so a run must be trained with --smear=False --value_embeds=False. With --qk_gain=0 as
+well, its attention is half as large.
 """
 import contextlib
 import json
@@ -17,7 +13,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common import CommandLine, newest_run, run_main
+from common import rename
 from model import norm
 from prepare import BYTES, EOT
 from sample import load_run
@@ -25,6 +21,8 @@ from sample import load_run
 EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square
 # What Qwen3 cannot compute: the option that a run was trained with, and the value to train with instead.
 PLAIN = {"pos": "rope", "smear": False, "value_embeds": False}
+# llama.cpp's names; never float16, whose numbers end at 65,504
+GGUF_TYPES = {8: "Q8_0", 16: "BF16", 32: "F32"}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -120,7 +118,7 @@ def export(run):
         error = (qwen3_logits(config, weights, ids) - model(ids[None])[0]).abs().max().item()
     if not error < 1e-3:
         sys.exit(f"as Qwen3, {run} would give logits that are off by {error:.2g}: if model.py was changed, make "
-                 "to_qwen3 in lab/export_models.py follow")
+                 "to_qwen3 in lab/qwen3.py follow")
     return config, weights, {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
 
 
@@ -197,21 +195,21 @@ def write_safetensors(weights, path):
             file.write(tensor.numpy().astype("<f4").tobytes())
 
 
-def write_gguf(run, path, type="bf16"):
-    """Write the file of a model that llama.cpp loads; its matrices are of type "f32", "bf16" or "q8_0"."""
+def write_gguf(run, path, bits):
+    """Write the file of a model that llama.cpp loads; each weight of its matrices has 8, 16 or 32 bits."""
     try:
         import gguf
     except ImportError:
         sys.exit("a GGUF file needs another package: pip install gguf")
     config, weights, ranks = export(run)
-    if type == "q8_0" and config["hidden_size"] % 32:
-        sys.exit(f"--type=q8_0 needs a width that 32 divides, not {config['hidden_size']}: leave --type out")
+    if bits == 8 and config["hidden_size"] % 32:
+        sys.exit(f"--bits=8 needs a width that 32 divides, not {config['hidden_size']}: leave --bits out")
     with unfinished(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "qwen3")
         add_metadata(writer, gguf, config, ranks, os.path.basename(path))
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
         for name, tensor in weights.items():
-            kind = gguf.GGMLQuantizationType[type.upper() if tensor.ndim == 2 else "F32"]
+            kind = gguf.GGMLQuantizationType[GGUF_TYPES[bits] if tensor.ndim == 2 else "F32"]
             writer.add_tensor(names.get_name(name, (".weight",)),
                               gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
         writer.write_header_to_file()
@@ -245,17 +243,13 @@ def add_metadata(writer, gguf, config, ranks, name):
 
 @contextlib.contextmanager
 def unfinished(path):
-    """A temporary name for a new file or folder, which is renamed to `path` once all of it is written."""
-    if os.path.exists(path):
-        sys.exit(f"{path} exists: delete it, or name another place with --out=PATH")
+    """A temporary name for a file or folder, which takes the place of `path` once all of it is written."""
     temporary = path + ".tmp"
+    remove(temporary)  # of an export that was killed
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        remove(temporary)  # of an export that was killed
         yield temporary
-        os.rename(temporary, path)
-    except OSError as error:
-        sys.exit(f"cannot write {path} ({error}): name another place with --out=PATH")
+        remove(path)
+        rename(temporary, path)
     finally:
         remove(temporary)
 
@@ -266,27 +260,3 @@ def remove(path):
         shutil.rmtree(path)
     elif os.path.exists(path):
         os.remove(path)
-
-
-def main(argv=None):
-    parser = CommandLine(__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="?", default="", help="its folder, or a checkpoint in it (default: the newest)")
-    parser.option("to", "hf", "a folder for transformers, or a file for llama.cpp", choices=("hf", "gguf"))
-    parser.option("type", "bf16", "of the matrices in a GGUF file", choices=("f32", "bf16", "q8_0"))
-    parser.option("out", "", "where to write (default: a new name inside the run's folder)")
-    args = parser.parse_args(argv)
-    run = args.run or newest_run()
-    name = os.path.basename(os.path.abspath(run)).removesuffix(".pt")
-    inside = os.path.dirname(run) if run.endswith(".pt") else run
-    if args.to == "hf":
-        path = args.out or os.path.join(inside, f"{name}-hf")
-        write_hf(run, path)
-        print(f"{path} is a folder for transformers. Try python eval.py hf:{path} --dataset=NAME")
-    else:
-        path = args.out or os.path.join(inside, f"{name}-{args.type}.gguf")
-        write_gguf(run, path, args.type)
-        print(f"{path} is a file for llama.cpp and Ollama. Try llama-completion -no-cnv -m {path} -p 'One day'")
-
-
-if __name__ == "__main__":
-    run_main(main)

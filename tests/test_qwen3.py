@@ -1,4 +1,4 @@
-"""lab/export_models.py: what other programs load computes what the run computes."""
+"""lab/qwen3.py: what other programs load computes what the run computes."""
 import json
 import os
 import shutil
@@ -11,7 +11,8 @@ import torch
 import eval
 import model
 from conftest import error_of
-from lab.export_models import export, main, merges, qwen3_logits, tokenizer_json, write_gguf, write_hf
+from lab.export import main
+from lab.qwen3 import GGUF_TYPES, export, merges, qwen3_logits, tokenizer_json, write_gguf, write_hf
 from prepare import load_ranks, load_tokenizer, load_tokens, make_encoding
 from sample import load_run, write_stories
 
@@ -117,10 +118,10 @@ def test_lm_eval_scores_minimal_pairs_as_the_run_does(folder, plain, tmp_path, m
             assert theirs == pytest.approx(-nats[0, -len(after):].sum().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
-def test_a_gguf_file_holds_the_same_weights_and_tokens(plain, kind, tmp_path):
+@pytest.mark.parametrize("bits, error", [(32, 0), (16, 2**-8), (8, 0.5 / 127 + 0.002)])
+def test_a_gguf_file_holds_the_same_weights_and_tokens(plain, bits, error, tmp_path):
     gguf = pytest.importorskip("gguf")
-    write_gguf(plain, str(tmp_path / "a.gguf"), kind)
+    write_gguf(plain, str(tmp_path / "a.gguf"), bits)
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     config, weights, ranks = export(plain)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -133,9 +134,9 @@ def test_a_gguf_file_holds_the_same_weights_and_tokens(plain, kind, tmp_path):
                          "model.layers.0.mlp.down_proj": "blk.0.ffn_down"}.items():
         expected, tensor = weights[f"{ours}.weight"].numpy(), tensors[f"{theirs}.weight"]
         read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        assert tensor.tensor_type.name == (kind.upper() if expected.ndim == 2 else "F32")
-        rounding = {"f32": 0, "bf16": 2 ** -8, "q8_0": 0.5 / 127 + 0.002}[kind if expected.ndim == 2 else "f32"]
-        assert np.abs(read - expected).max() <= rounding * np.abs(expected).max()
+        is_matrix = expected.ndim == 2
+        assert tensor.tensor_type.name == (GGUF_TYPES[bits] if is_matrix else "F32")
+        assert np.abs(read - expected).max() <= is_matrix * error * np.abs(expected).max()
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["qwen3.attention.key_length"] == config["head_dim"]
     assert fields["tokenizer.ggml.tokens"][-1] == "<|endoftext|>"
@@ -146,7 +147,7 @@ def test_a_gguf_file_holds_the_same_weights_and_tokens(plain, kind, tmp_path):
 def test_llama_cpp_writes_the_same_story(plain, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    write_gguf(plain, str(tmp_path / "a.gguf"), "f32")
+    write_gguf(plain, str(tmp_path / "a.gguf"), 32)
     theirs = llama_cpp.Llama(str(tmp_path / "a.gguf"), n_ctx=64, verbose=False)
     ours, _, encoding = load_run(plain)
     assert [theirs.tokenize(text.encode(), add_bos=False) for text in texts()] == \
@@ -159,8 +160,9 @@ def test_llama_cpp_writes_the_same_story(plain, tmp_path):
 @pytest.mark.parametrize("to", ["hf", "gguf"])
 def test_what_qwen3_lacks_is_refused_with_the_options_to_train_with(run, in_prepared, to, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None if to == "hf" else object())
-    error = error_of(main, [run, f"--to={to}", "--out=out/new"], capsys)
-    assert "--smear=False --value_embeds=False" in error and not os.path.exists("out/new")
+    before = sorted(os.listdir(run))
+    assert "--smear=False --value_embeds=False" in error_of(main, [run, f"--to={to}"], capsys)
+    assert sorted(os.listdir(run)) == before
 
 
 def test_a_changed_model_is_not_exported_as_if_it_were_the_old_one(plain, monkeypatch):
@@ -172,14 +174,20 @@ def test_a_changed_model_is_not_exported_as_if_it_were_the_old_one(plain, monkey
     assert not os.path.exists("out/changed-hf")
 
 
-def test_nothing_is_overwritten_or_left_half_written(plain, capsys, monkeypatch, tmp_path):
+def test_a_folder_is_replaced_only_by_a_whole_one(plain, monkeypatch, tmp_path):
     folder = tmp_path / "new"
+    write_hf(plain, str(folder))
+    before = sorted(folder.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("lab.export_models.write_safetensors", lambda weights, path: 1 / 0)
+        patch.setattr("lab.qwen3.write_safetensors", lambda weights, path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_hf(plain, str(folder))
-    assert not folder.exists()
-    main([plain, f"--out={folder}"])
-    before = sorted(folder.iterdir())
-    assert "exists" in error_of(main, [plain, f"--out={folder}"], capsys)
     assert sorted(folder.iterdir()) == before and list(tmp_path.iterdir()) == [folder]
+    (folder / "config.json").unlink()
+    write_hf(plain, str(folder))
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("options", [["--to=hf", "--bits=8"], ["--bits=32"], ["--to=gguf", "--bits=4"]])
+def test_a_number_of_bits_that_the_format_lacks_is_refused(plain, options, capsys):
+    assert "--bits" in error_of(main, [plain, *options], capsys)
