@@ -15,7 +15,8 @@ from eval import Subject, split_stories
 from prepare import load_meta, load_tokenizer
 from prepare import main as prepare
 
-torch.set_num_threads(2)
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))  # 1, if another program keeps a core busy
+torch.set_num_threads(THREADS)
 
 
 def make_stories(n, seed=0):

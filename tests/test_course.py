@@ -14,7 +14,7 @@ import torch
 
 import lab.interpret
 import train
-from conftest import make_stories, write_jsonl
+from conftest import THREADS, make_stories, write_jsonl
 from eval import read_spans
 from lab.world import stories
 
@@ -69,7 +69,7 @@ def classroom(prepared_world, monkeypatch):
     monkeypatch.setattr(lab.interpret, "read_spans", lambda dataset, limit, **by: read_spans(dataset, 1, **by))
     torch.set_num_threads(1)  # on a busy machine, two threads would mostly wait for each other in such small models
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.mark.parametrize("script, options, run, sections", [
