@@ -23,14 +23,17 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 import torch
 from tqdm import tqdm
 
-from prepare import SKILLS, fingerprint, instruction, load_meta, load_tokenizer, load_tokens, read_records
+from prepare import SKILLS, SPACELESS, fingerprint, instruction, load_meta, load_tokenizer, load_tokens, read_records
 from sample import load_run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ("loss", "probes", "spans", "steps")
+LETTER = rf"[\w--[{SPACELESS}]]"  # of a script that puts spaces between words
+WORD = regex.compile(rf"(?V1)[{LETTER}--_]+")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -268,9 +271,9 @@ def validation_spans(dataset):
     in_val = {fingerprint(text.split(instruction({}))[-1]) for text in val_texts}  # without any instructions
     paths = [source["file"] for source in meta["source"]]
     for path in paths:
-        if not path.endswith(".jsonl") or not os.path.exists(path):
+        if not os.path.isfile(path):  # it may have been a pipe
             continue
-        for record in read_records(path):
+        for record in read_records(path, meta.get("field", "story")):
             if record.get("spans") and fingerprint(record["story"]) in in_val:
                 yield from ((record["story"], span) for span in record["spans"])
 
@@ -281,7 +284,7 @@ def probe_from_span(story, span, before):
     if "depth" in span:
         kind += f", depth {span['depth']:2}"
     # The next word is scored as well. Otherwise "jump", being a prefix of "jumped", would win.
-    next_word = re.match(r"\W*\w*", story[span["end"]:])[0]
+    next_word = regex.match(r"\W*\w*", story[span["end"]:])[0]
     return {"skill": span["skill"], "kind": kind, "prompt": before + story[:span["start"]],
             "right": [story[span["start"]:span["end"]]], "wrong": [span["wrong"]], "after": next_word}
 
@@ -335,16 +338,16 @@ def count_phrases(phrases, dataset, max_tokens=5_000_000):
     step = 50_000 * max(1, len(tokens) / max_tokens)
     for start in tqdm(np.arange(0, len(tokens), step).astype(int), desc="counting words", leave=False, disable=None):
         text = encoding.decode(tokens[start:start + 50_000].tolist()).lower()
-        words = Counter(re.findall(r"[^\W_]+", text))
+        words = Counter(WORD.findall(text))
         for phrase in phrases:
-            counts[phrase] += words[phrase] if phrase.isalnum() else text.count(phrase)
+            counts[phrase] += words[phrase] if WORD.fullmatch(phrase) else text.count(phrase)
     return counts
 
 
 def mentions(continuation, prompt):
     """The positions at which a continuation already occurs in the prompt."""
-    word = rf"(?<!\w){re.escape(continuation.strip())}(?!\w)"  # it may be "+1", so \b will not do
-    return [match.start() for match in re.finditer(word, prompt, re.IGNORECASE)]
+    word = rf"(?V1)(?<!{LETTER}){re.escape(continuation.strip())}(?!{LETTER})"  # it may be "+1", so \b will not do
+    return [match.start() for match in regex.finditer(word, prompt, regex.IGNORECASE)]
 
 
 def heuristics(probe, counts):

@@ -31,7 +31,7 @@ from itertools import chain, islice
 from tqdm import tqdm
 
 from common import CommandLine, atomic_write, lock, run_main, stop_signals
-from prepare import fingerprint
+from prepare import LETTERS, ends_well, fingerprint, split_words
 
 MAX_REQUESTS = 2  # per story: if the answer is rejected, ask once more, then give up
 MAX_REJECTED = 100  # stop after this many rejected answers in a row
@@ -108,11 +108,11 @@ def missing_words(words, story):
     """The requested words, [verb, noun, adjective, others], that a story does not contain in any form.
 
     A story has a compound such as "ice cream" if it has all its parts."""
-    story_words = set(re.findall(r"[^\W\d_]+", story.lower()))
+    story_words = set(LETTERS.findall(story.lower()))
     missing = []
     for i, word in enumerate(words):
         endings = ENDINGS[i] if i < len(ENDINGS) else ALL_ENDINGS
-        parts = re.findall(r"[^\W\d_]+", word.lower())
+        parts = LETTERS.findall(word.lower())
         if any(story_words.isdisjoint(inflections(part, endings)) for part in parts):
             missing.append(word)
     return missing
@@ -245,9 +245,9 @@ def why_rejected(story, answer, words, fingerprints):
         return "empty"
     if re.search(NO_STORY, story):
         return "thoughts or talk"
-    if answer.finish == "length" or not re.search(r"(?i)([.!?…]|the end)\W*\Z", story):
+    if answer.finish == "length" or not ends_well(story):
         return "cut off"
-    if len(story.split()) < MIN_WORDS:
+    if len(split_words(story)) < MIN_WORDS:
         return "too short"
     if missing_words(words, story):
         return "word missing"

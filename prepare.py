@@ -1,18 +1,23 @@
 """Turn stories into token bins: fetch, clean, make a tokenizer, encode.
 
     python prepare.py --dataset=tinystories                 download TinyStories (2.2 GB) and prepare it
-    python prepare.py --dataset=mine --input=stories.txt    prepare a text or JSONL file, or a folder of them
+    python prepare.py --dataset=tinystories --version=all --instruct      the published stories with their instructions
+    python prepare.py --dataset=mine --input=stories.txt    prepare a file or a folder: text, JSON, CSV, parquet, also
+                                                            gzipped
 
 Writes train.bin, val.bin, tokenizer.tiktoken and meta.json to data/<dataset>. The bins are flat little-endian uint16,
 with <|endoftext|> before every story and after the last. Other stages read them with the load_ functions at the end.
 
 The text may be larger than the memory, so it is read three times, in chunks that all CPUs share: to decide which
-stories stay, to count words for the tokenizer, and to encode.
+stories stay, to count words for the tokenizer, and to encode. Only text and JSON lines can be cut into chunks, so
+lab/convert.py makes JSON lines of everything else first.
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
 from common import CommandLine, check_writable, file_hash, ignore_ctrl_c, rename, run_main, usable_cpus
 
 import base64
+import codecs
+import contextlib
 import glob
 import hashlib
 import heapq
@@ -31,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from http.client import HTTPException
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import regex
@@ -45,56 +50,103 @@ URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 # Version 1 is the paper's, by GPT-3.5 and GPT-4 (Eldan and Li 2023, arXiv 2305.07759). Version 2 is by GPT-4 alone.
 VERSIONS = {1: ("TinyStories-train.txt", "TinyStories-valid.txt"),
             2: ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+ARCHIVE = "TinyStories_all_data.tar.gz"  # --version=all: the stories of both with their words, features and summaries
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "development": "val", "eval": "val", "test": "test", "testing": "test"}
+FORMATS = {"txt": "text", "jsonl": "lines", "ndjson": "lines", "json": "json", "csv": "csv", "tsv": "csv",
+           "parquet": "parquet"}
+NO_STORIES = ("meta.json", "generate.json", "rejected.jsonl")  # what stages write beside stories
 UNFINISHED = "unfinished"  # the folder, inside the dataset's, in which new files are made
 CHUNK_BYTES = 1 << 21  # a worker reads about this much of a file at a time
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError)  # what a malformed file can raise
+GZIP = b"\x1f\x8b"  # how gzipped files begin
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, or in place of a byte that is not UTF-8
+NOT_UTF8 = "is not UTF-8: save the file as UTF-8"
 
 # -----------------------------------------------------------------------------------------------------------------
 # fetch
 
 
 def find_sources(args, folder):
-    """[(path, split)] of the files to read: one file, or a folder's stories.jsonl, else its .txt and .jsonl files.
+    """[(path, split)] of the files to read. The files of TinyStories are downloaded if they are missing.
 
-    The files of TinyStories are downloaded if they are missing. The split is "train" or "val" if the last word of the
-    file name says so ("stories-valid.txt"), else None."""
-    source = args.input or folder
-    names = sorted(glob.glob("*.txt", root_dir=source) + glob.glob("*.jsonl", root_dir=source))
-    if args.version:
-        names = VERSIONS[args.version]
-    elif "stories.jsonl" in names:  # by generate.py, which puts rejected answers into another .jsonl
-        names = ["stories.jsonl"]
-    paths = [source] if os.path.isfile(source) else [os.path.join(source, name) for name in names]
-    if not paths:
-        problem = "has no .txt or .jsonl file" if os.path.isdir(source) else "does not exist"
-        sys.exit(f"{source} {problem}: name a file or folder with --input, or make stories with python -m lab.world")
+    The split is what the file's name says, see split_of(), or "published" for the published validation files beside
+    the archive: their stories are kept out of train. Files that are called test are left out."""
+    paths = source_paths(args, folder)
     refuse_two_versions(paths, folder, args.version or 1)
-    files = []
     for path in paths:
         if not os.path.exists(path):
-            download(f"{args.url}/{os.path.basename(path)}", path)
-        stem = os.path.splitext(os.path.basename(path))[0]
-        files.append((path, SPLITS.get(re.split("[-_.]", stem)[-1])))
-    return files
+            download(f"{args.url}/{os.path.basename(path)}", path, GZIP if path.endswith(ARCHIVE) else EOT.encode())
+    published = []
+    if any(path.endswith(ARCHIVE) for path in paths):
+        published = [os.path.join(os.path.dirname(paths[0]), names[-1]) for names in VERSIONS.values()]
+    files = [(path, "published") for path in published if os.path.exists(path)]
+    files += [(path, split_of(path)) for path in paths if path not in published]
+    if all(split == "test" for _, split in files):
+        sys.exit(f"{paths[0]} is called test, and nothing is trained on that: rename it, or name another file with "
+                 "--input")
+    for path, split in files:
+        if split == "test":
+            print(f"{path} is left out: what is called test is not trained on", file=sys.stderr)
+        elif split == "val" and "val" not in os.path.basename(path):
+            print(f"{path} is used for validation, because of its name", file=sys.stderr)
+    return [(path, split) for path, split in files if split != "test"]
+
+
+def source_paths(args, folder):
+    """The paths that the options name: one file or pipe, or a folder's stories.jsonl, else all its files of stories."""
+    source = "/dev/stdin" if args.input == "-" else args.input or folder
+    if args.version:
+        names = (ARCHIVE,) if args.version == "all" else VERSIONS[args.version]
+    elif os.path.isdir(source):
+        names = sorted(name for name in os.listdir(source) if file_format(name))
+        if "stories.jsonl" in names:  # by generate.py, which puts rejected answers into another .jsonl
+            names = ["stories.jsonl"]
+        problem = "has no .txt or .jsonl file, nor .json, .csv or .parquet"
+    else:
+        names = [""] if os.path.exists(source) else []
+        problem = "does not exist"
+    if not names:
+        sys.exit(f"{source} {problem}: name a file or folder with --input, or make stories with python -m lab.world")
+    return [os.path.join(source, name) if name else source for name in names]
+
+
+def file_format(name):
+    """The format of a file by its name, which may end in .gz: a value of FORMATS, or None if it holds no stories."""
+    if name == ARCHIVE:
+        return "tar"
+    hidden = name.startswith(".") or name in NO_STORIES
+    return None if hidden else FORMATS.get(name.lower().removesuffix(".gz").split(".")[-1])
+
+
+def split_of(path):
+    """"test", "val" or "train" if a word of a file's name says so (validation-00000-of-00002.parquet), else None."""
+    splits = [SPLITS.get(word) for word in re.findall(r"[^\W\d_]+", os.path.basename(path).lower())]
+    return next((split for split in ("test", "val", "train") if split in splits), None)
 
 
 def refuse_two_versions(paths, folder, version):
-    """End the program if both versions of TinyStories would meet in one dataset: in the files to read, in the texts in
+    """End the program if two versions of TinyStories would meet in one dataset: in the files to read, in the texts in
     its folder, or in the texts that its current bins were made from. The message shows how to prepare `version`."""
-    names = " ".join(paths + glob.glob("*.txt", root_dir=folder))
+    names = " ".join([*paths, *glob.glob("*.txt*", root_dir=folder), *glob.glob("*.tar.gz", root_dir=folder)])
     if os.path.exists(f"{folder}/meta.json"):
         with open(f"{folder}/meta.json") as file:
             names += file.read()
-    if all(train in names or valid in names for train, valid in VERSIONS.values()):
-        sys.exit(f"{folder} would mix versions 1 and 2 of TinyStories: prepare each as a dataset of its own, with "
-                 f"python prepare.py --dataset=tinystories-v{version} --version={version}")
+    archive = ARCHIVE in names  # a published validation file may lie beside it
+    versions = [number for number, (train, valid) in VERSIONS.items()
+                if train in names or valid in names and not archive]
+    versions += ["all"] if archive else []
+    if len(versions) > 1:
+        mixed = " and ".join(map(str, versions))
+        name = "tinystories-all" if version == "all" else f"tinystories-v{version}"
+        sys.exit(f"{folder} would mix versions {mixed} of TinyStories: prepare each as a dataset of its own, with "
+                 f"python prepare.py --dataset={name} --version={version}")
 
 
-def download(url, path, retries=5, wait=1.0):
+def download(url, path, mark=b"", retries=5, wait=1.0):
     """Fetch `url` to `path`. What has arrived stays in path + ".part", and a later attempt continues from there.
 
-    Gives up after retries + 1 attempts in a row without a new byte, or at once if the server refuses."""
+    Gives up after retries + 1 attempts in a row without a new byte, or at once if the server refuses. A file without
+    `mark` in its beginning is a page that a server sent instead, and is removed."""
     part, failures = path + ".part", 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
     open(part, "ab").close()
@@ -102,7 +154,7 @@ def download(url, path, retries=5, wait=1.0):
     while True:
         try:
             fetch_rest(url, part)
-            return os.replace(part, path)
+            break
         except (OSError, ValueError, HTTPException) as error:  # HTTPError is an OSError
             size, status = os.path.getsize(part), getattr(error, "code", None)
             failures = 0 if size > largest else failures + 1
@@ -113,6 +165,17 @@ def download(url, path, retries=5, wait=1.0):
             os.truncate(part, 0)
         largest = max(size, largest)
         time.sleep(wait * (2**failures - 1))  # 0 s after progress, then 1, 3, 7, 15 and 31 s
+    beginning = first_bytes(part)
+    if mark not in beginning:
+        os.remove(part)
+        sys.exit(f"{url} is not a file of stories, it begins with {beginning[:60]}: check --url, or name a file that "
+                 "you have with --input=FILE")
+    os.replace(part, path)
+
+
+def first_bytes(path):
+    with open(path, "rb") as file:
+        return file.read(100_000)
 
 
 def fetch_rest(url, part):
@@ -134,9 +197,62 @@ def fetch_rest(url, part):
 # read: files are cut into chunks, which workers process independently of each other
 
 
+def detect_format(name, head, field):
+    """The format of a file by its first bytes and its name, a value of FORMATS, "gzip" or "tar". A table without a name
+    is known by its column `field`."""
+    for magic, start, kind in (GZIP, 0, "gzip"), (b"PAR1", 0, "parquet"), (b"ustar", 257, "tar"):
+        if head.startswith(magic, start):
+            return kind
+    if head.startswith((b"PK\3\4", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")):  # zip, bzip2, xz, zstd
+        sys.exit(f"{name} is packed, and not by gzip: unpack it first")
+    beginning = head.decode(detect_encoding(head), "ignore").lstrip()
+    if beginning[:14].lower().startswith(("<!doctype html", "<html", "<?xml")):
+        sys.exit(f"{name} is a page of HTML and no file of stories: delete it, and get the file itself")
+    kind = file_format(os.path.basename(name))
+    if beginning.startswith("[") and kind == "lines" or beginning.startswith(("[", "{")) and not kind:
+        return "json"
+    columns = re.split("[,;\t]", beginning.partition("\n")[0].replace('"', "").strip())
+    if not kind and field in columns and len(columns) > 1:
+        return "csv"
+    return kind or "text"
+
+
+def detect_encoding(head):
+    """The encoding that a file's byte-order mark tells, else UTF-8. Python's codecs remove the mark."""
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+             codecs.BOM_UTF16_BE: "utf-16"}
+    return next((name for mark, name in marks.items() if head.startswith(mark)), "utf-8-sig")
+
+
+def is_plain(path, split_at, field):
+    """Whether a file is plain, so that chunks can be cut from it: JSON lines or text split at EOT, in UTF-8."""
+    if not os.path.isfile(path) or path.startswith("/dev/"):  # a pipe can be read only once
+        return False
+    head = first_bytes(path)
+    kind = detect_format(path, head, field)
+    return detect_encoding(head) == "utf-8-sig" and (kind == "lines" or kind == "text" and split_at == "eot")
+
+
+def make_plain(path, args, new_path):
+    """The path of a plain file with the stories of `path`: itself, or `new_path`, to which JSON lines are written."""
+    if is_plain(path, args.split, args.field):
+        return path
+    from lab.convert import convert  # only here: most files need no conversion
+    os.makedirs(os.path.dirname(new_path), exist_ok=True)
+    with open(new_path, "w", encoding="ascii") as file:
+        for line in tqdm(convert(path, args.split, args.field), f"reading {path}", unit=" stories", disable=None):
+            print(line, file=file)
+    return new_path
+
+
+def has_lines(path):
+    """Whether each line of a plain file is a story, in JSON."""
+    return path.lower().endswith((".jsonl", ".ndjson"))
+
+
 def split_file(path):
-    """Yield the chunks (path, start, end) of a file, in bytes. Each ends where a story ends."""
-    separator = b"\n" if path.endswith(".jsonl") else EOT.encode()
+    """Yield the chunks (path, start, end) of a plain file, in bytes. Each ends where a story ends."""
+    separator = b"\n" if has_lines(path) else EOT.encode()
     start, size = 0, os.path.getsize(path)
     if size == 0:  # mmap does not take an empty file
         return
@@ -148,42 +264,63 @@ def split_file(path):
             start = end
 
 
-def parse_stories(path, content):
-    """The stories in bytes of a file, each as a record {"story": text, …}: JSON lines, or text split at EOT."""
-    # byte-order marks, also inside a file that was joined from several
-    text = re.sub(r"(?m)^\ufeff", "", content.decode())
-    if path.endswith(".jsonl"):
-        records = [json.loads(line) for line in text.split("\n") if line.strip()]
-        for record in records:
-            record["story"].encode()  # raises if this is not text, or holds half a surrogate pair
-        return records
+def read_chunk(path, start, end, field="story"):
+    """The records of a chunk, {"story": text, …} each, from JSON lines or from text split at EOT.
+
+    A broken one is {"story": None, "why": what is wrong with it, "line": its line in the chunk, "text": all of it}."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(end - start)
+    text = content.decode(errors="surrogateescape")  # which turns bytes that are not UTF-8 into surrogates
+    text = re.sub(r"(?m)^\ufeff", "", text)  # byte-order marks, also inside a file that was joined from several
+    if has_lines(path):
+        return [parse_line(line, number, field) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     stories = text.replace("\r\n", "\n").split(EOT)
     if not stories[-1].strip():  # after the last separator
         stories.pop()
-    return [{"story": story.strip()} for story in stories]
-
-
-def read_chunk(path, start, end):
-    """The records of a chunk. A line that cannot be read ends the program."""
-    with open(path, "rb") as file:
-        file.seek(start)
+    records, line = [], 1
+    for story in stories:
         try:
-            return parse_stories(path, file.read(end - start))
-        except MALFORMED:
-            file.seek(0)  # look for the line
-        for number, line in enumerate(file, 1):
-            try:
-                parse_stories(path, line)
-            except UnicodeDecodeError:
-                sys.exit(f"{path} line {number} is not UTF-8: save the file as UTF-8")
-            except MALFORMED:
-                sys.exit(f'{path} line {number} is not a JSON object with a "story": correct or delete it')
+            story.encode()
+            records.append({"story": story.strip()})
+        except UnicodeEncodeError as error:
+            number = line + story.count("\n", 0, error.start)
+            records.append({"story": None, "why": NOT_UTF8, "line": number, "text": story})
+        line += story.count("\n")
+    return records
 
 
-def read_records(path):
-    """Yield each story of a file as a record, with a progress bar."""
-    for chunk in tqdm(list(split_file(path)), path, unit="chunk", leave=False, disable=None):
-        yield from read_chunk(*chunk)
+def parse_line(line, number, field="story"):
+    """The record in a line of JSON, with its text under "story", or what read_chunk() says of a broken one."""
+    record = None
+    try:
+        record = json.loads(line)
+        record["story"] = record[field]
+        record["story"].encode()
+        if isinstance(record.get("spans") or [], list):
+            return record
+        why = 'has "spans" that are not a list'
+    except UnicodeEncodeError:
+        half = re.search("[\ud800-\udbff]", record["story"])  # the other half can also stand for a byte
+        why = "has half a surrogate pair: correct or delete it" if half else NOT_UTF8
+    except (json.JSONDecodeError, RecursionError):
+        why = NOT_UTF8 if SURROGATE.search(line) else f'is not a JSON object with a "{field}": correct or delete it'
+    except (TypeError, KeyError, AttributeError, ValueError):
+        why = f'has no text in "{field}"'
+        if isinstance(record, dict) and field not in record:
+            why += f": it has {', '.join(record)}; name one with --field=NAME"
+    return {"story": None, "why": why, "line": number, "text": line}
+
+
+def read_records(path, field="story"):
+    """Yield each story of a file of any format as a record, with a progress bar."""
+    if is_plain(path, "eot", field):
+        chunks = tqdm(list(split_file(path)), path, unit="chunk", leave=False, disable=None)
+        records = chain.from_iterable(read_chunk(*chunk, field) for chunk in chunks)
+    else:
+        from lab.convert import convert
+        records = (parse_line(line, number, field) for number, line in enumerate(convert(path, "eot", field), 1))
+    return (record for record in records if record["story"] is not None)
 
 
 def run_workers(function, tasks, title, workers=None):
@@ -211,26 +348,106 @@ def run_workers(function, tasks, title, workers=None):
 # -----------------------------------------------------------------------------------------------------------------
 # clean
 
-# What each byte from 80 to FF becomes when it is read as cp1252. The five that cp1252 lacks stay control characters.
+# Mojibake: UTF-8 that was read as cp1252, so that each character became two to four: "don’t" is now "donâ€™t". What
+# each byte from 80 to FF becomes; control characters stand for the five that cp1252 lacks, and in Latin-1 for more.
 CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100))
-# UTF-8 characters of two, three and four bytes that were misread this way: "don’t" becomes "donâ€™t". The first byte
-# tells how many they are: C2 to DF (read as Â to ß) begin two bytes, E0 to EF three, and F0 to F4 four.
-TAIL = f"[{CP1252[:64]}]"  # a continuation byte: any byte of a character but its first
-MOJIBAKE = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|[ð-ô]{TAIL}{TAIL}{TAIL}")
+TO_LATIN1 = str.maketrans(CP1252, "".join(map(chr, range(0x80, 0x100))))
+TAIL = f"[{CP1252[:64]}\x80-\x9f]"  # any byte of a character but its first, which tells how many there are
+MISREAD = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|ð[Ÿ\x9f]{TAIL}{TAIL}|â€(?!{TAIL}|Â)\ufffd?")
+# Right text has such sequences too, as in „So ein Spaß“: letters, and what often follows letters. So a sequence is only
+# undone in a context in which no right text has it.
+AFTER = "\xa0«»“”„‘’‚‹›…–—•™®¹²³°ºªŠšŒœŽž"  # what often follows a letter
+CAPITALS = "[A-ZÀ-ÖØ-Þ][A-ZÀ-ÖØ-Þ]"
+OTHER = "È[˜™š›\x98-\x9b]|É[™\x99]"  # ș, ț and ə
+ANY, ODD = f"[Æ-ß]{TAIL}", f"[Æ-ß](?![{AFTER}]){TAIL}"
+CERTAIN = re.compile("|".join((
+    f"(?<=[a-zß-öø-ÿ])(?:[ÂÃÄÅ]{TAIL}|{OTHER})",  # after a small letter: cafÃ©
+    f"[ÂÃ](?![{AFTER}]){TAIL}",  # a sign that does not follow letters: Ã©tÃ©, Â¿
+    f"(?<!{CAPITALS})[ÂÃ][¹²³°ºªŠšŒœŽž]",  # a footnote can follow a word in capitals, but not here: Ãœber
+    "[ÂÃÄÅ][«»“”„‘‚‹›•™®ŠšŒœŽž](?=[^\\W\\d_])",  # a quote inside a word: CÃ”TE, Å“uf
+    f"(?<!{CAPITALS})(?:[ÄÅ](?![{AFTER}]){TAIL}|Ã–|{OTHER})(?=[a-z])",  # a small letter follows: Ã–l
+    f"(?<!{CAPITALS})Ã\xa0(?=[ ,.]|-[a-z])",  # a no-break space and a space: il va Ã  Paris
+    "(?<=[^A-ZÀ-ÖØ-Þ\\s«»‹›“”„‘’\"'(])Â[\xa0«»]|(?<!\\S)Â«",  # a lone Â is hardly a word: 10Â km
+    f"{ODD}(?={ANY})|{ANY}(?={ODD})|(?<={ANY}){ODD}|(?<={ODD}){ANY}",  # two of other scripts: Ð´Ð°
+    f"[à-ï](?![{AFTER}¡¿]{{2}}){TAIL}{TAIL}|ð|â€(?!{TAIL})")))  # æ—¥, â€™, an emoji
 QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
 
 
+def clean_story(record):
+    """The story of a record, repaired and without white space around it. If spans point into it, it stays as it is."""
+    return record["story"] if record.get("spans") else repair(record).strip()
+
+
 def repair(record):
-    """The story of a record, with mojibake (UTF-8 that was read as cp1252) undone. If spans point into it, it stays as
-    it is."""
-    def decode(match):
-        try:
-            return bytes(0x80 + CP1252.index(character) for character in match[0]).decode()
-        except UnicodeDecodeError:
-            return match[0]
-    if record["story"].isascii() or record.get("spans"):
-        return record["story"]
-    return MOJIBAKE.sub(decode, record["story"])
+    """The story of a record, with mojibake undone where that is beyond doubt, also if it happened twice. If spans point
+    into the story, it stays as it is."""
+    story, before = record["story"], None
+    if record.get("spans"):
+        return story
+    while story != before and not story.isascii():
+        story, before = undo_misreading(story), story
+    return story.removeprefix("\ufeff")  # a byte-order mark that was misread too
+
+
+def undo_misreading(story):
+    """A story with each misread sequence undone that cannot be right text.
+
+    If the story, or a line of it, has such sequences, and no character beyond ASCII outside sequences, it was misread
+    as a whole. Then those that could be right text are undone too."""
+    sequences = [match for match in MISREAD.finditer(story) if decode_misread(match[0])]
+    certain = {match.start() for match in sequences if CERTAIN.match(story, match.start())
+               and not "\x80" <= decode_misread(match[0]) < "\xa0"}  # control characters are no improvement
+    if not certain:
+        return story
+    for part in (*re.finditer("(?s).+", story), *re.finditer(".+", story)):
+        inside = [match for match in sequences if part.start() <= match.start() < part.end()]
+        share = sum(match.start() in certain for match in inside) / max(1, len(inside))
+        if share and sum(len(match[0]) for match in inside) == len(re.findall(r"[^\x00-\x7f]", part[0])):
+            # Ç to Ë would become letters that no stories have; and without a majority, only Latin letters are certain
+            leads = "[^Ç-Ë]" if share > 0.5 else "[Â-Æ]"
+            certain.update(match.start() for match in inside if re.match(leads, match[0]))
+    return MISREAD.sub(lambda match: decode_misread(match[0]) if match.start() in certain else match[0], story)
+
+
+def decode_misread(sequence):
+    """The character that a sequence was misread from, or "" if there is none."""
+    if sequence.rstrip("\ufffd") == "â€":  # the third byte is lost; of those that cp1252 lacks, only ” is common
+        return "”"
+    try:
+        return sequence.translate(TO_LATIN1).encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+# What a finished story ends in, perhaps in bold type: punctuation of any script, a closing quote or bracket, an emoji,
+# or The End. Thai and Lao have no final punctuation.
+ENDING = regex.compile(r"""(?ix)
+    (?: [\p{Sentence_Terminal}…།"'\p{Pe}\p{Pf}\p{Extended_Pictographic}\p{So}\p{Thai}\p{Lao}]
+      | (?<!\s)\p{Pi} | (?<=\p{Greek}); | (?<!\w)the\ end
+      | (?<=[\p{Sentence_Terminal}…"'\p{Pe}\p{Pf}\n][\s*_~—–-]*)(?:fin|fine|ende|fim|конец|完|終|终|समाप्त) )
+    [\s*_~=—–\-\#\p{M}\p{Sk}\p{Cf}]* \Z""")
+
+
+def ends_well(story):
+    """Whether a story is finished, and not cut off."""
+    ending = story.rstrip()[-60:]
+    return ending.endswith((".", "!", "?", '"', "”")) or bool(ENDING.search(ending))  # the former is fast
+
+
+# In these scripts no spaces stand between words: there, each character counts as a word.
+SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+LETTERS = regex.compile(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[\d_{SPACELESS}]]+")  # a word without digits
+
+
+def split_words(text):
+    """The words of a text, with their punctuation: what stands between spaces, or single characters without any."""
+    return regex.findall(rf"[{SPACELESS}]\p{{M}}*|[^\s{SPACELESS}]+", text)
+
+
+def word_end(text, position):
+    """The first position from `position` on at which a word may end, or `position` itself if there is none."""
+    match = regex.compile(rf"(?= )|(?<=[{SPACELESS}])(?!\p{{M}})").search(text, position)
+    return match.start() if match else position
 
 
 def fingerprint(story):
@@ -241,69 +458,126 @@ def fingerprint(story):
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")
 
 
+def why_removed(story, clean):
+    """Why a story is removed, or "" if it stays."""
+    if not story.strip():
+        return "empty"
+    if clean and len(story) < 100 and len(story.encode()) < 200:  # 67 Chinese characters say as much
+        return "under 100 characters"
+    return "no final punctuation" if clean and not ends_well(story) else ""
+
+
 def decide(chunk, file_split, args):
-    """[(fingerprint, decision, whether it was repaired)] of the stories in a chunk. A decision is "train", "val", or
-    the reason to remove the story. Copies are found later."""
-    decisions = []
-    for record in read_chunk(*chunk):
-        story = repair(record) if args.clean else record["story"]
+    """(decisions, broken, fields) for the stories of a chunk.
+
+    decisions: [(fingerprint, decision, whether it was repaired)]. A decision is "train", "val", "published" or the
+    reason to remove the story. Copies are found later.
+    broken: the first of the records that cannot be read.
+    fields: a Counter of what is known of the stories, for --instruct."""
+    decisions, broken, fields = [], [], Counter()
+    for record in read_chunk(*chunk, args.field):
+        if record["story"] is None:
+            decisions.append((0, "broken", False))
+            if len(broken) < 3:
+                broken.append({**record, "text": record["text"][:80]})
+            continue
+        story = clean_story(record) if args.clean else record["story"]
         key = fingerprint(story)
         # The draw depends on the text alone, so that a story stays in its split when the corpus grows.
         drawn = "val" if key % 10**6 < args.val_fraction * 10**6 else "train"
-        decision = SPLITS.get(str(file_split or record.get("split") or drawn), "neither train nor val")
-        if not story.strip():
-            decision = "empty"
-        elif args.clean and len(story) < 100:
-            decision = "under 100 characters"
-        elif args.clean and story.rstrip()[-1] not in ".!?\"'”’)…":
-            decision = "no final punctuation"
-        decisions.append((key, decision, story != record["story"]))
-    return decisions
+        split = SPLITS.get(str(record.get("split") or drawn).lower(), "neither train nor val")
+        decision = "called test" if split == "test" else file_split or split
+        if decision != "published":
+            decision = why_removed(story, args.clean) or decision
+        decisions.append((key, decision, story.strip() != record["story"].strip()))
+        if args.instruct:
+            fields.update(name for name, value in details(record).items() if value)
+    return decisions, broken, fields
 
 
 def plan_dataset(files, args):
     """The plan, [(chunk, final decisions on its stories)], and a Counter of what cleaning did.
 
+    files: [(path of a plain file, split, path that the user named)].
+
     The first of several copies stays. Files of val are read first, so that a story in two files stays in val."""
-    files = sorted(files, key=lambda file: ("val", None, "train").index(file[1]))
-    tasks = [(chunk, split) for path, split in files for chunk in split_file(path)]
+    if "val" not in [split for _, split, _ in files]:  # then --val_fraction applies to files that are called train
+        files = [(plain, None if split == "train" else split, path) for plain, split, path in files]
+    files = sorted(files, key=lambda file: ("published", "val", None, "train").index(file[1]))
+    tasks = [(chunk, split) for path, split, _ in files for chunk in split_file(path)]
     plan, cleaning, stories = [], Counter(), {"train": 0, "val": 0}
-    seen = {}  # {fingerprint: split} of the stories that stay
-    for (chunk, file_split), proposals in run_workers(partial(decide, args=args), tasks, "reading", args.workers):
+    seen = {}  # {fingerprint: split} of the stories that stay, or that were published for validation
+    broken, fields = [], Counter()
+    decided = run_workers(partial(decide, args=args), tasks, "reading", args.workers)
+    for (chunk, file_split), (proposals, chunk_broken, chunk_fields) in decided:
         decisions = []
         for key, decision, repaired in proposals:
-            # `stories` has the keys train and val. What the worker decided stays, unless the story is a copy, or one
-            # more than --max_stories. The latter is no fault of the story's, and is not counted.
-            if args.clean and decision in stories and key in seen:
-                decision = f"copies in {decision}" if decision == seen[key] else "in train and in val"
-            if decision == "train" and stories["train"] == args.max_stories:
-                decision, repaired = "over --max_stories", False
-            elif decision in stories:
-                stories[decision] += 1
-                seen[key] = decision
-            else:
+            decision = settle(key, decision, seen, stories, args)
+            if decision not in (*stories, "published", "over --max_stories"):  # the last is no fault of the story's
                 cleaning[f"{decision}: removed"] += 1
-            if repaired:
+            if repaired and decision not in ("published", "over --max_stories"):
                 cleaning["UTF-8 read as cp1252: repaired"] += 1
             decisions.append(decision)
         plan.append((chunk, decisions))
+        broken = (broken + [(chunk, record) for record in chunk_broken])[:3]
+        fields.update(chunk_fields)
         if file_split == "train" and stories["train"] == args.max_stories:
             break  # only train files are left
-    refuse_empty_split(stories, files, cleaning)
+    names = {plain: path for plain, _, path in files}
+    examples = [describe_broken(names[chunk[0]], chunk, record) for chunk, record in broken]
+    refuse_empty_split(stories, files, cleaning, examples)
+    for example in examples:
+        print(f"left out: {example}", file=sys.stderr)
+    missing = [name for name in ("features", "words", "summary") if args.instruct and not fields[name]]
+    if missing:
+        print(f"--instruct: no story has {' or '.join(missing)}", file=sys.stderr)
     return plan, cleaning
 
 
-def refuse_empty_split(stories, files, cleaning):
-    """End the program if there is no story for train or for val, and say what would help."""
-    total, paths = sum(stories.values()), ", ".join(path for path, _ in files)
+def settle(key, decision, seen, stories, args):
+    """The final decision on a story. What the worker decided stays, unless the story is a copy, or one more than
+    --max_stories. `seen` and `stories`, which has the keys train and val, are brought up to date."""
+    if decision == "published":
+        seen[key] = decision
+    if decision not in stories:
+        return decision
+    if decision == "train" and seen.get(key) == "published":
+        return "in the published validation file"
+    if args.clean and seen.get(key) in stories:
+        return f"copies in {decision}" if decision == seen[key] else "in train and in val"
+    if decision == "train" and stories["train"] == args.max_stories:
+        return "over --max_stories"
+    stories[decision] += 1
+    seen[key] = decision
+    return decision
+
+
+def describe_broken(name, chunk, record):
+    """One line about a broken record of a chunk: where it is, what is wrong, and how it begins."""
+    path, start, _ = chunk
+    with open(path, "rb") as file:  # count the lines before the chunk
+        sizes = [CHUNK_BYTES] * (start // CHUNK_BYTES) + [start % CHUNK_BYTES]
+        line = record["line"] + sum(file.read(size).count(b"\n") for size in sizes)
+    text = " ".join(record["text"].encode("utf-8", "backslashreplace").decode().split())
+    return f"{name} {'line' if name == path else 'story'} {line} {record['why']}: {text}"
+
+
+def refuse_empty_split(stories, files, cleaning, examples):
+    """End the program if there is no story for train or for val, or if most are broken, and say what would help."""
+    total, paths = sum(stories.values()), ", ".join(path for _, _, path in files)
     removed = "".join(f"; {count:,} {what}" for what, count in cleaning.items())
+    broken = cleaning["broken: removed"]
+    others = total + sum(count for what, count in cleaning.items() if what.endswith("removed")) - broken
+    if broken > others or broken and not total:
+        sys.exit(f"{broken:,} of {broken + others:,} stories are broken; {examples[0]}")
     if not total:
         sys.exit(f"no story in {paths}{removed}: add stories, or try --clean=False")
-    if total == 1:
-        sys.exit(f"only one story in {paths}{removed}: put a line {EOT} between stories, or add some")
+    if total == 1 or stories == {"train": 1, "val": 1}:
+        sys.exit(f"only one story for train in {paths}{removed}: put a line {EOT} between stories, or add --split=line "
+                 "if each line is a story, or --split=blank if blank lines are between them")
     if not stories["val"]:
-        sys.exit(f"no story for val among the {total:,} of {paths}{removed}: add stories, or "
-                 f"--val_fraction={min(0.5, 10 / total):.2g}")
+        help = f"--val_fraction={min(0.5, 10 / total):.2g}" if files[0][1] != "val" else "longer ones"
+        sys.exit(f"no story for val among the {total:,} of {paths}{removed}: add stories, or {help}")
     if not stories["train"]:
         sys.exit(f"no story for train among the {total:,} of {paths}{removed}: add stories, or lower --val_fraction")
 
@@ -311,10 +585,10 @@ def refuse_empty_split(stories, files, cleaning):
 def planned_records(chunk, decisions, args):
     """Yield (split, record) for each story of a chunk that stays: repaired, and with instructions, as the options
     say."""
-    for record, decision in zip(read_chunk(*chunk), decisions):
+    for record, decision in zip(read_chunk(*chunk, args.field), decisions):
         if decision in ("train", "val"):
             if args.clean:
-                record["story"] = repair(record)
+                record["story"] = clean_story(record)
             if args.instruct:
                 record = instruct(record, decision, args.hold_out, args.seed)
             yield decision, record
@@ -325,17 +599,49 @@ def instruct(record, split, hold_out, seed):
 
     The draw depends on the seed and the story alone. In train, the fields in `hold_out` never all occur together."""
     rng = random.Random(f"{seed} {fingerprint(record['story'])}")
-    sentences = re.findall(r"[^.!?\s][^.!?\n]*[.!?]+[\"”']?", record["story"])  # with their closing quote
-    known = {"features": ", ".join(record.get("features") or ()), "words": ", ".join(record.get("words") or ()),
-             "summary": record.get("summary"), "sentence": rng.choice(sentences) if sentences else None}
+    # a sentence and its closing quote; a line without final punctuation is none
+    pieces = re.findall(r"[^.!?。！？।\s][^.!?。！？।\n]*+(?:[.!?。！？।]+[\"”']?)?", record["story"])
+    sentences = [piece for piece in pieces if re.search("[.!?。！？।]", piece)]
+    known = {name: value if isinstance(value, str) else ", ".join(value) for name, value in details(record).items()}
+    known["sentence"] = rng.choice(sentences) if sentences else None
     fields = [name for name, value in known.items() if value]
     # Any number of fields, even none: so a model learns to write with few instructions, and without any.
     fields = rng.sample(fields, rng.randint(0, len(fields)))
     if hold_out and split == "train" and set(hold_out) <= set(fields):
         fields.remove(rng.choice(hold_out))
     text = instruction({name: known[name] for name in fields})
-    spans = [{**s, "start": s["start"] + len(text), "end": s["end"] + len(text)} for s in record.get("spans") or ()]
+    spans = []
+    for span in record.get("spans") or ():
+        check_span(span)
+        spans.append({**span, "start": span["start"] + len(text), "end": span["end"] + len(text)})
     return {**record, "story": text + record["story"], "spans": spans}
+
+
+def details(record):
+    """{"features": [text], "words": [text], "summary": text} of a record, empty where it has none.
+
+    The published records have the first two in "instruction". Names may be written in any case."""
+    fields = {str(name).strip(": ").lower(): value for name, value in record.items() if value}
+    inner = fields.pop("instruction", None)
+    if isinstance(inner, dict):
+        fields = {**{str(name).strip(": ").lower(): value for name, value in inner.items()}, **fields}
+    # in the published records, BadEnding and Twist are what generate.py calls "bad ending" and "plot twist"
+    features = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", feature).lower() for feature in as_list(fields.get("features"))]
+    summary = fields.get("summary")
+    return {"features": ["plot twist" if feature == "twist" else feature for feature in features],
+            "words": as_list(fields.get("words")),
+            "summary": " ".join(clean_text(summary).split()) if isinstance(summary, str) else ""}
+
+
+def as_list(value):
+    """Words, or features, as a list of texts, from a list or from text such as "jump, dog"."""
+    if isinstance(value, str):
+        value = re.split("[,;]", value.strip("[]"))
+    return [clean_text(str(item)).strip(" '\"") for item in value or () if item] if isinstance(value, list) else []
+
+
+def clean_text(text):
+    return SURROGATE.sub("", text)  # half a surrogate pair cannot be encoded
 
 
 def instruction(fields):
@@ -475,7 +781,8 @@ def count_words(chunk, decisions, args):
             pieces.update(PIECES.findall(record["story"]))
     for piece, count in pieces.items():
         for word in WORDS.findall(piece):
-            words[word.encode()] += count
+            if len(word) < 1000:  # training takes quadratic time in the length of a word
+                words[word.encode()] += count
     return words
 
 
@@ -498,8 +805,13 @@ def encode(chunk, decisions, args, tokenizer):
             bins["val.skills"] += label_tokens(story, ids, spans, encoding).tobytes()
         # bits: what a perfect model needs for the story. If one is unknown, it is nan, and so is the sum.
         totals[split].update(stories=1, tokens=len(ids), bytes=len(story.encode()), spans=len(spans),
-                             bits=record.get("bits", np.nan))
+                             bits=bits if isinstance(bits := record.get("bits"), (int, float)) else np.nan)
     return bins, totals
+
+
+def check_span(span):
+    if not isinstance(span, dict) or not {"start", "end", "skill", "wrong"} <= set(span):
+        sys.exit(f"a span has start, end, skill and wrong, unlike {span!r}: correct or delete it")
 
 
 def label_tokens(story, ids, spans, encoding):
@@ -510,6 +822,7 @@ def label_tokens(story, ids, spans, encoding):
     ends = np.cumsum([0] + [len(encoding.decode_single_token_bytes(token)) for token in ids[1:]])  # in bytes
     starts = np.append(0, ends[:-1])
     for span in spans:
+        check_span(span)
         if span["skill"] not in SKILLS[1:]:
             sys.exit(f"a span has the skill {span['skill']!r}: known are {', '.join(SKILLS[1:])}")
         start = len(story[:span["start"]].encode())
@@ -546,7 +859,8 @@ def prepare(args):
     new = f"{folder}/{UNFINISHED}"
     check_writable(folder)
     files = find_sources(args, folder)
-    plan, cleaning = plan_dataset(files, args)
+    plan, cleaning = plan_dataset([(make_plain(path, args, f"{new}/{number}.jsonl"), split, path)
+                                   for number, (path, split) in enumerate(files)], args)
     ranks, coverage = make_ranks(plan, args)
     if len(ranks) + 1 > 65_535:
         sys.exit(f"a vocabulary of {len(ranks) + 1:,} does not fit into uint16: share another --tokenizer")
@@ -563,6 +877,7 @@ def prepare(args):
             meta[split]["bits_per_byte"] = totals[split]["bits"] / totals[split]["bytes"]
     meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage, "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
     meta["source"] = [{"file": path, "split": split, "bytes": os.path.getsize(path)} for path, split in files]
+    meta["field"] = args.field
     meta["cleaning"] = cleaning
     meta["instruct"] = {"hold_out": args.hold_out} if args.instruct else False
     with open(f"{new}/meta.json", "w") as file:
@@ -646,9 +961,13 @@ def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
     parser.option("dataset", "world", "name of the folder under data/ to write to; without --input, its stories are "
                   "read")
-    parser.option("input", "", f"file or folder to read: JSON lines with a `story`, or text split by {EOT}")
-    parser.option("version", None, "download TinyStories: 2, by GPT-4 alone, or 1, the paper's (default: 2 for "
-                  "--dataset=tinystories)", type=int, choices=(1, 2))
+    parser.option("input", "", "file or folder to read, or - for stdin: JSON lines or arrays, CSV, parquet, text")
+    parser.option("field", "story", "where a record has its text")
+    parser.option("split", "eot", f"where text is split into stories: at {EOT}, at every line, or at blank lines",
+                  choices=("eot", "line", "blank"))
+    parser.option("version", None, "download TinyStories: 2, by GPT-4 alone, 1, the paper's, or all, both with their "
+                  "instructions (default: 2 for --dataset=tinystories)", choices=(1, 2, "all"),
+                  type=lambda text: int(text) if text.isdigit() else text)
     parser.option("url", URL, "where TinyStories is downloaded from")
     parser.option("tokenizer", "bpe", "bpe, gpt2 (its most used tokens), or the folder of a dataset to share one with")
     parser.option("vocab_size", None, "<|endoftext|> included (default: 4096 for bpe, 10000 for gpt2)", type=int,
@@ -687,6 +1006,8 @@ def main(argv=None):
                                 "the same command again to continue") from None
     finally:
         shutil.rmtree(f"data/{args.dataset}/{UNFINISHED}", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(f"data/{args.dataset}")  # if it is empty
 
 
 if __name__ == "__main__":

@@ -10,19 +10,21 @@ from collections import Counter, defaultdict
 from itertools import islice
 
 import numpy as np
+import regex
 import torch
 from tqdm import tqdm
 
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list, split_stories
 from generate import missing_words
-from prepare import INSTRUCTIONS, instruction, load_meta, load_tokenizer, load_tokens, read_records
+from prepare import (INSTRUCTIONS, SPACELESS, instruction, load_meta, load_tokenizer, load_tokens,
+                     read_records)
 from sample import generate
 
 
 def words_of(text):
     """The words of a text in lower case. "don't" is one word."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+    return regex.findall(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[{SPACELESS}]]+(?:['’][\w--[{SPACELESS}]]+)*", text.lower())
 
 
 def ngrams(words, n):

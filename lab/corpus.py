@@ -10,13 +10,14 @@ import zlib
 from collections import Counter
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
 from common import CommandLine, newest_run, pick_device, print_table, run_main
 from eval import add_section, interval, load_subject, print_section
 from generate import missing_words
 from lab.completions import complete, ngrams, pick_stories, words_of
-from prepare import fingerprint, load_tokenizer, load_tokens, read_records
+from prepare import SPACELESS, details, file_format, fingerprint, load_tokenizer, load_tokens, read_records
 
 # -----------------------------------------------------------------------------------------------------------------
 # diversity: each measurement takes all records of a file, as a list in memory, and returns {figure: text}
@@ -24,7 +25,7 @@ from prepare import fingerprint, load_tokenizer, load_tokens, read_records
 
 def letters(text):
     """The words of a text, without numbers and with their capitals."""
-    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text)
+    return regex.findall(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[\d_{SPACELESS}]]+(?:['’][\w--[\d_{SPACELESS}]]+)*", text)
 
 
 def percent(count, total):
@@ -98,8 +99,9 @@ def labels(records):
     """What records hold besides the story: the words that were requested, and the spans, which need a skill."""
     requested, missing, n_words, skills = 0, 0, 0, Counter()
     for record in records:
-        requested += len(record.get("words") or [])
-        missing += len(missing_words(record.get("words") or [], record["story"]))
+        words = details(record)["words"]
+        requested += len(words)
+        missing += len(missing_words(words, record["story"]))
         n_words += len(letters(record["story"]))
         skills.update(span["skill"] for span in record.get("spans") or [])
     figures = {f"{skill} spans per 100 words": f"{100 * count / n_words:.2f}" for skill, count in skills.items()}
@@ -111,7 +113,7 @@ def labels(records):
 def describe(path):
     """{figure: text} of a file of stories."""
     if not os.path.isfile(path):
-        sys.exit(f"no file {path}: name .jsonl or .txt files of stories")
+        sys.exit(f"no file {path}: name files of stories, such as .jsonl or .txt")
     records = list(read_records(path))
     if not records:
         sys.exit(f"{path} holds no story: name another file, or write stories with python generate.py")
@@ -170,7 +172,8 @@ def complete_stories(subject, dataset, split, max_tokens, n_stories=100):
     encoding = load_tokenizer(dataset)
     stories = pick_stories(load_tokens(dataset, split), encoding.eot_token, n_stories)
     # without the last word, which may be cut in two; a prompt that ends inside a word is hard to continue
-    beginnings = [encoding.decode(ids[:50]).rpartition(" ")[0] for ids in stories]
+    beginnings = [encoding.decode(ids[:50]).rstrip("\ufffd") for ids in stories]
+    beginnings = [beginning.rpartition(" ")[0] or beginning for beginning in beginnings]
     texts = [encoding.decode(ids[:50 + max_tokens]) for ids in stories]
     endings = [text[len(beginning):] for text, beginning in zip(texts, beginnings)]
     completions = complete(subject, beginnings, max_tokens, title=f"completing {split} stories")
@@ -224,7 +227,7 @@ def main(argv=None):
     parser.option("max_tokens", 200, "of a run: length limit of a completion", low=1)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    files = [name for name in args.names if name.endswith((".jsonl", ".txt"))]
+    files = [name for name in args.names if file_format(os.path.basename(name))]
     if not files:
         grade_runs(args.names or [newest_run()], args)
     elif files == args.names:

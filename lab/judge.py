@@ -21,7 +21,7 @@ from eval import HERE, add_section, interval, load_subject, print_section, read_
 from generate import (MAX_REQUESTS, ask_all, connect, dollars, open_to_append, parse_server_args, read_lines,
                       without_thoughts)
 from lab.completions import complete, pick_stories
-from prepare import instruction, load_tokenizer, load_tokens
+from prepare import instruction, load_tokenizer, load_tokens, split_words, word_end
 
 MARKS = ("grammar", "creativity", "consistency", "plot")
 AGES = {"A": 3, "B": 4.5, "C": 6.5, "D": 8.5, "E": 11, "F": 14.5}  # years
@@ -60,11 +60,12 @@ def controls(dataset, n=30):
     beginnings, endings, shuffled = [], [], []
     for ids in pick_stories(load_tokens(dataset, "val"), encoding.eot_token, n):
         story = encoding.decode(ids).split(instruction({}))[-1]
-        cut = story.index(" ", len(story) // 3)
-        words = story[cut:].split()
+        cut = word_end(story, len(story) // 3)
+        words = split_words(story[cut:])
         beginnings.append(story[:cut])
         endings.append(story[cut:].strip())
-        shuffled.append(" ".join(random.Random(1).sample(words, len(words))))
+        separator = " " if " " in endings[-1] else ""  # some scripts put no spaces between words
+        shuffled.append(separator.join(random.Random(1).sample(words, len(words))))
     return {"true endings": zip(beginnings, endings), "endings of others": zip(beginnings, endings[1:] + endings[:1]),
             "shuffled endings": zip(beginnings, shuffled)}
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import eval
+import sample
 import test_probes
 import train
 from common import load_checkpoint, save_checkpoint
 from conftest import error_of, make_stories, stand_in, write_jsonl
-from lab import world
+from lab import judge, world
 from prepare import load_meta, load_tokenizer, load_tokens
 from prepare import main as prepare
 from sample import load_run
@@ -429,3 +430,45 @@ def test_what_cannot_be_written_or_read_is_found_before_grading(run, in_prepared
             eval.load_subject(run, CPU)
     finally:
         Path("data/tiny/val.bin").write_bytes(whole)
+
+
+def other_scripts():
+    """Stories in Chinese, Hindi and French, which end in other characters than English ones, some with a span."""
+    records = []
+    for i in range(60):
+        thing, other = (("小狗", "小猫"), ("गेंद", "पतंग"), ("ballon", "gâteau"))[i % 3]
+        story = (
+            f"从前有一个小女孩，名字叫小红{i}，她很喜欢{thing}。一天，她和妈妈去公园玩，看到了一只很大很大的鸟。“你好！”小红说。"
+            f"鸟飞走了，小红笑了，她抱着{other}回家睡觉了。",
+            f"एक दिन राम {i} बाज़ार गया और उसने एक {thing} और एक {other} देखी। माँ ने कहा कि तुम एक ही ले सकते हो। "
+            f"राम ने {other} ली और घर आकर बहुत खुश हुआ।",
+            f"Un jour, Zoé {i} alla au marché avec un {thing} et un {other}. Elle dit à sa mère qu’elle n’aimait pas "
+            f"le {thing}. «\xa0Alors prends le {other}\xa0!\xa0»")[i % 3]
+        start = story.rindex(other)
+        span = {"start": start, "end": start + len(other), "skill": "reasoning", "wrong": thing}
+        records.append({"story": story, "spans": [span], "words": [thing, other]})
+    return records
+
+
+def test_other_scripts_go_all_the_way(workplace, capsys):
+    """From a file to figures: no story is removed, and nothing takes words for what stands between spaces."""
+    (workplace / "s.json").write_text(json.dumps(other_scripts()))
+    prepare(["--dataset=x", "--input=s.json", "--vocab_size=400", "--val_fraction=0.3"])
+    meta = load_meta("x")
+    assert meta["cleaning"] == {} and meta["train"]["stories"] + meta["val"]["stories"] == 60
+    train.main(["--dataset=x", "--n_layer=1", "--n_embd=32", "--block_size=32", "--batch_tokens=512", "--max_steps=3",
+                "--evals=0", "--compile=False", "--device=cpu", "--out_dir=out/x"])
+    capsys.readouterr()
+    sample.main(["out/x", "--prompt=从前有", "--max_tokens=20", "--num_samples=2", "--device=cpu"])
+    assert capsys.readouterr().out.startswith("从前有")
+    eval.main(["out/x", "--device=cpu", "--only=loss,spans"])
+    results = read_results("out/x")
+    assert 0 < results["loss on x"]["val_bpb"][0] < 10 and results["loss on x"]["reasoning words, nats each"]
+    assert 0 < results["spans of x"]["reasoning, the last mentioned"][0] < 1  # it finds the words in every script
+    pairs = {name: list(pairs) for name, pairs in judge.controls("x").items()}
+    stories = {record["story"] for record in other_scripts()}
+    assert any("从前" in beginning for beginning, _ in pairs["true endings"])
+    for beginning, ending in pairs["true endings"]:
+        assert beginning + ending in stories or f"{beginning} {ending}" in stories
+    for (_, ending), (_, shuffled) in zip(pairs["true endings"], pairs["shuffled endings"]):
+        assert ending != shuffled and sorted(ending.replace(" ", "")) == sorted(shuffled.replace(" ", ""))

@@ -3,17 +3,20 @@ import argparse
 import base64
 import hashlib
 import http.server
+import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ import regex
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+import generate
 import prepare
 from conftest import error_of, make_stories, start_heeding_ctrl_c, write_jsonl
 
@@ -38,7 +42,7 @@ def read_back(dataset, split):
 def options(**changed):
     """The options that workers are given."""
     return argparse.Namespace(**{"clean": True, "val_fraction": 0.2, "instruct": False, "hold_out": [], "seed": 1,
-                                 **changed})
+                                 "field": "story", "split": "eot", **changed})
 
 
 def all_of(path):
@@ -128,11 +132,37 @@ def test_no_story_is_cut_wherever_a_chunk_ends(workplace, monkeypatch, ending):
 
 @pytest.mark.parametrize("name, split", [
     ("train.txt", "train"), ("TinyStories-train.txt", "train"), ("training.jsonl", "train"), ("val.txt", "val"),
-    ("a_valid.txt", "val"), ("x.validation.jsonl", "val"), ("trainer.txt", None), ("valley.txt", None)])
+    ("a_valid.txt", "val"), ("x.validation.jsonl", "val"), ("trainer.txt", None), ("valley.txt", None),
+    ("train-00000-of-00002.parquet", "train"), ("validation-00001-of-00002.jsonl.gz", "val"), ("dev.json", "val"),
+    ("train-00000-of-00004-2d5a1467fff1081b.parquet", "train"), ("Train_3.CSV", "train"), ("my.DEV-1.tsv", "val")])
 def test_splits_are_known_by_the_names_of_their_files(workplace, name, split):
     (workplace / name).touch()
     args = options(input=str(workplace), version=None)
     assert prepare.find_sources(args, "data/x") == [(str(workplace / name), split)]
+
+
+@pytest.mark.parametrize("name", ["test.txt", "test-00000-of-00001.jsonl", "Stories_TEST2.jsonl", "train-test.jsonl"])
+def test_what_is_called_test_is_not_trained_on(workplace, name, capsys):
+    stories, held = [r["story"] for r in make_stories(60)], [r["story"] for r in make_stories(5, seed=9)]
+    write_jsonl(workplace / "train.jsonl", [{"story": s} for s in stories])
+    write_jsonl(workplace / name, [{"story": s} for s in held])
+    if name.endswith("txt"):
+        (workplace / name).write_text("<|endoftext|>".join(held), encoding="utf-8")
+    prepare.main(["--dataset=x", f"--input={workplace}", "--val_fraction=0.2"])
+    assert sorted(read_back("x", "train") + read_back("x", "val")) == sorted(stories)
+    assert f"{name} is left out" in capsys.readouterr().err
+    assert "called test" in error_of(prepare.main, ["--dataset=x", f"--input={workplace / name}"], capsys)
+
+
+def test_a_dev_file_is_for_validation_and_records_called_test_are_left_out(workplace, capsys):
+    stories = make_stories(40)
+    write_jsonl(workplace / "train.jsonl", stories[:30] + [{**r, "split": "TEST"} for r in stories[30:32]])
+    write_jsonl(workplace / "dev.jsonl", stories[32:])
+    prepare.main(["--dataset=x", f"--input={workplace}"])
+    assert read_back("x", "train") == [r["story"] for r in stories[:30]]
+    assert read_back("x", "val") == [r["story"] for r in stories[32:]]
+    output = capsys.readouterr()
+    assert "dev.jsonl is used for validation" in output.err and "2 called test: removed" in output.out
 
 
 def test_rejected_answers_are_no_stories(workplace):
@@ -173,12 +203,12 @@ def test_a_worker_decides_alone(workplace):
     good, val = make_stories(2)
     write_jsonl(workplace / "s.jsonl", [good, {**val, "split": "validation"}, {"story": " "}, {"story": "Short."},
                                         {**good, "split": "test"}])
-    decisions = prepare.decide(all_of("s.jsonl"), None, options(val_fraction=0))
+    decisions, broken, fields = prepare.decide(all_of("s.jsonl"), None, options(val_fraction=0))
     assert [decision for _, decision, _ in decisions] == ["train", "val", "empty", "under 100 characters",
-                                                          "neither train nor val"]
+                                                          "called test"]
     assert decisions[0][0] == decisions[4][0] == prepare.fingerprint(good["story"])
-    decisions = prepare.decide(all_of("s.jsonl"), "val", options(clean=False))
-    assert [decision for _, decision, _ in decisions] == ["val", "val", "empty", "val", "val"]
+    decisions, broken, fields = prepare.decide(all_of("s.jsonl"), "val", options(clean=False))
+    assert [decision for _, decision, _ in decisions] == ["val", "val", "empty", "val", "called test"]
 
 
 def test_a_worker_counts_words_of_train_alone(workplace):
@@ -288,11 +318,62 @@ def test_cleaning_removes_what_is_broken_and_counts_it(workplace, capsys):
     assert read_back("x", "train") == [s for s in train if s]
 
 
-@pytest.mark.parametrize("text", ["don’t", "“Hi,” she said…", "café über naïve", "¡olé! 5 £ – 3 €", "日本 🙂"])
-def test_repair_undoes_a_wrong_decoding_and_leaves_right_text_alone(text):
-    misread = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in text.encode())
-    assert prepare.repair({"story": misread}) == text
-    assert prepare.repair({"story": text}) == text
+SENTENCES = """Où est passé le garçon ? Noël à l’île, déjà ! Là-bas, l’œuvre naïve coûte 5 € ; il va à Paris.
+Öl und Übung: Größe, Süßes, Äpfel. Der Spaß gehört Jörg, und das Mädchen läuft über die Straße.
+¿Qué pasó, señor? ¡Olé! El pingüino comió; él está aquí. Tú también, Íñigo: sólo un café.
+É só maçã e pão: não, avó! Às três, João viu a mãe; Ó céus, Úrsula é irmã. São Paulo, à noite.""".split("\n")
+QUOTATIONS = ["“{}”", "„{}“", "„{}”", "»{}«", "«{}»",
+              "«\xa0{}\xa0»", "« {} »", "‘{}’", "‚{}‘", "‹{}›", "“{}…”", "— {} –"]
+
+
+def misread(text, encoding="cp1252"):
+    """A text with its UTF-8 read as cp1252; as browsers do, the bytes that this lacks become control characters."""
+    return "".join(bytes([b]).decode(encoding, "ignore") or chr(b) for b in text.encode())
+
+
+def repair(text):
+    return prepare.repair({"story": text})
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_right_text_is_never_changed_and_misread_text_is_repaired(encoding):
+    """Sentences and each of their words, also in capitals, in every quotation mark of their languages."""
+    texts = {quotation.format(part) for line in SENTENCES for quotation in QUOTATIONS
+             for part in (line, line.upper(), *line.split(), *line.upper().split())}
+    assert [text for text in texts if repair(text) != text] == []
+    sentences = [quotation.format(line) for line in SENTENCES for quotation in QUOTATIONS]
+    assert [text for text in sentences if repair(misread(text, encoding)) != text] == []
+    for right, wrong in zip(sentences, sentences[1:]):  # also if only one line was misread
+        assert repair(f"{right}\n{misread(wrong, encoding)}") == f"{right}\n{wrong}"
+
+
+@pytest.mark.parametrize("text", [
+    "« un café\xa0»", "„So ein Spaß“", "“to the café…”",
+    "É“", "É…", "“É…É”", "MAÇû", "“A MAÇÔ", "IRMÃ³", "AMANHÃ–NOITE",
+    "la lettre «\xa0Â\xa0»", "3\xa0×\xa04", "“Å”", "NESCAFÉ™s", "„váš“", "café¹²", "mamá¡¿Qué", "»Â«", "“Ã…"])
+def test_text_that_only_looks_misread_stays(text):
+    assert repair(text) == text
+
+
+@pytest.mark.parametrize("text", ["don’t", "“Hi,” she said…", "café über naïve", "¡olé! 5 £ – 3 €", "日本 🙂", "Кот спал.",
+                                  "कुत्ता", "Şimdi değil", "Zażółć gęślą jaźń", "il va à la mer", "S.à r.l.", "cœur"])
+def test_misread_text_of_all_kinds_is_repaired(text):
+    assert repair(misread(text)) == repair(misread(misread(text))) == repair(misread(text, "latin-1")) == text
+    assert repair(text) == text
+    assert repair("â€œHiâ€ she") == "“Hi” she"  # the third byte was lost
+
+
+@pytest.mark.parametrize("ending, whole", [
+    ("slept.", True), ("slept!”", True), ("slept)", True), ("slept.\n\nThe End", True), ("slept.\n**THE END**", True),
+    ("slept 😊", True), ("slept. 👍🏽 ❤️", True), ("睡了。」", True), ("सो गया।", True), ("dort\xa0»", True), ("Spaß“", True),
+    ("slept…", True), ("نام؟", True), ("นอนหลับ", True), ("dort.\nFin", True), ("slept. ~*~", True),
+    ("slept and", False), ("slept,", False), ("she said, “", False), ("all was fine", False), ("睡了，", False)])
+def test_one_rule_says_whether_a_story_is_finished(ending, whole):
+    """prepare.py and generate.py have the same: no story is paid for that is then removed."""
+    assert prepare.ends_well(ending) == whole
+    story, answer = "One day he went to the park. " * 10 + ending, SimpleNamespace(refusal="", finish="stop")
+    assert (generate.why_rejected(story, answer, [], {}) != "cut off") == whole
+    assert (prepare.why_removed(story, clean=True) == "") == whole
 
 
 # --- instructions and labels --------------------------------------------------------------------------------------
@@ -317,6 +398,27 @@ def test_instructions_stand_before_the_story_and_hold_out_a_pair_in_train():
     assert seen["train", True] == 0 < seen["val", True]
     assert min(seen[name] for name in ("Features", "Words", "Summary", "Random sentence")) > 100
     assert seen["Words", "Features"] and seen["Features", "Words"]  # in any order
+
+
+@pytest.mark.parametrize("record", [
+    {"words": ["jump", "dog"], "features": ["bad ending", "plot twist"], "summary": "He jumps."},
+    {"instruction": {"prompt:": "Write", "words": ["jump", "dog"], "features": ["BadEnding", "Twist"]},
+     "summary": "He jumps."},
+    {"Words": "jump, dog", "FEATURES": "Bad ending, plot twist", "Summary:": "He\njumps. "},
+    {"words": "['jump', 'dog']", "features": "bad ending;Plot Twist", "summary": "He jumps.", "instruction": "Write!"},
+    {"words": ["jump", None, "dog"], "features": ("bad ending", "plot twist"), "summary": "He jumps.\ud83d"}])
+def test_what_is_known_of_a_story_is_read_however_it_is_written(record):
+    assert prepare.details(json.loads(json.dumps(record))) == {
+        "features": ["bad ending", "plot twist"], "words": ["jump", "dog"], "summary": "He jumps."}
+    assert prepare.details({"story": "Hi.", "words": 3, "summary": ["a"], "features": None}) == {
+        "features": [], "words": [], "summary": ""}
+
+
+def test_what_instructions_lack_is_said_once(workplace, capsys):
+    records = [{"story": r["story"], "words": r["words"]} for r in make_stories(60)]
+    write_jsonl(workplace / "s.jsonl", records)
+    prepare.main(["--dataset=x", "--input=s.jsonl", "--val_fraction=0.2", "--instruct"])
+    assert capsys.readouterr().err.count("no story has features or summary") == 1
 
 
 def test_labels_fall_on_exactly_the_tokens_of_the_marked_word(in_prepared):
@@ -427,18 +529,47 @@ def test_a_tokenizer_can_be_shared(workplace):
     ("s.txt", b"Once\nupon a time\x92", "s.txt line 2 is not UTF-8: save the file as UTF-8"),
     ("s.jsonl", b'{"story": "Hi\x92"}\n', "s.jsonl line 1 is not UTF-8: save the file as UTF-8"),
     ("s.jsonl", b'{"story": "Hi."}\n{"story": ', 's.jsonl line 2 is not a JSON object with a "story": correct'),
-    ("s.jsonl", b'{"text": "Hi."}\n', "s.jsonl line 1 is not a JSON object"),
-    ("s.jsonl", b'["story"]\n', "s.jsonl line 1 is not a JSON object"),
-    ("s.jsonl", b'{"story": "\\ud83d"}\n', "s.jsonl line 1 is not a JSON object"),
+    ("s.jsonl", b'{"text": "Hi.", "id": 1}\n', 's.jsonl line 1 has no text in "story": it has text, id; name one'),
+    ("s.csv", b"id,text\n1,Hi.\n", 's.csv story 1 has no text in "story": it has id, text; name one'),
+    ("s.jsonl", b'7\n', "s.jsonl line 1 has no text"),
+    ("s.jsonl", b'{"story": "\\ud83d"}\n', "s.jsonl line 1 has half a surrogate pair"),
+    ("s.jsonl", b"\n <!DOCTYPE html>\n", "s.jsonl is a page of HTML"),
+    ("s.txt", b"<HTML><body>", "s.txt is a page of HTML"),
+    ("s.csv", b"PK\3\4 and more", "unpack it first"),
+    ("val.txt", b"Once upon a time. " * 9, "--split=line"),
     ("s.txt", b"", "no story in "),
     ("s.md", b"Once.", "no .txt or .jsonl file"),
-    ("s-train.txt", b"Once upon a time. " * 9, "only one story in "),
+    ("s-train.txt", b"Once upon a time. " * 9, "only one story for train in "),
     ("s-train.txt", b"Once upon a time. " * 9 + b"<|endoftext|>" + b"One fine day. " * 9, "--val_fraction="),
 ])
 def test_bad_input_ends_in_one_line(workplace, file, content, expected, capsys):
     (workplace / file).write_bytes(content)
     assert expected in error_of(prepare.main, ["--dataset=x", f"--input={workplace}"], capsys)
     assert not os.path.exists("data/x")
+
+
+def test_broken_records_are_dropped_counted_and_shown(workplace, monkeypatch, capsys):
+    lines = [json.dumps({"story": r["story"]}).encode() for r in make_stories(60)]
+    lines[7:7] = [b'{"story": null}', b'{"story": "\\ud83d half"}', b'{"story": "cut', b"[1]", b'{"story": "caf\xe9"}',
+                  b"null"]
+    (workplace / "s.jsonl").write_bytes(b"\n".join(lines))
+    (workplace / "s.json").write_bytes(b"[" + b",\n".join(lines) + b"]")
+    for chunk_bytes, name, place in (1000, "s.jsonl", "line"), (10**6, "s.json", "story"):
+        monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
+        prepare.main(["--dataset=x", f"--input={name}", "--val_fraction=0.2"])
+        assert sorted(read_back("x", "train") + read_back("x", "val")) == sorted(r["story"] for r in make_stories(60))
+        output = capsys.readouterr()
+        assert " 6 broken: removed" in output.out or name == "s.json"
+        assert f"{name} {place} 8 has no text" in output.err and f"{place} 9 has half a surrogate" in output.err
+
+
+def test_a_very_long_word_takes_no_more_time_than_others(workplace):
+    stories = [r["story"] for r in make_stories(60)] + ["ab" * 150_000 + ".", "a" * 300_000 + "."]
+    val = [{"story": r["story"], "split": "val"} for r in make_stories(70)[60:]]
+    write_jsonl(workplace / "s.jsonl", [{"story": s, "split": "train"} for s in stories] + val)
+    started = time.time()
+    prepare.main(["--dataset=x", "--input=s.jsonl", "--val_fraction=0.2", "--instruct"])
+    assert time.time() - started < 5 and read_back("x", "train")[-1].endswith(stories[-1])
 
 
 def test_input_that_is_not_there_ends_in_one_line(workplace, capsys):
@@ -589,14 +720,14 @@ def server():
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.faults, server.ranges, server.url = [], [], f"http://127.0.0.1:{server.server_port}/file"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # shutdown() waits so long
     yield server
     server.shutdown()
     server.server_close()
 
 
-def fetch(server, path):
-    prepare.download(server.url, str(path), retries=3, wait=0.01)
+def fetch(server, path, mark=b""):
+    prepare.download(server.url, str(path), mark, retries=3, wait=0.01)
     assert not os.path.exists(f"{path}.part")
     return path.read_bytes()
 
@@ -642,6 +773,14 @@ def test_download_gives_up_in_one_line(server, tmp_path):
         fetch(server, tmp_path / "f")
 
 
+def test_a_page_in_place_of_the_file_is_not_kept(server, tmp_path):
+    """A proxy or a login may answer with 200 and a page of its own."""
+    assert fetch(server, tmp_path / "f", FILE[5000:5050]) == FILE
+    with pytest.raises(SystemExit, match="begins with.*--url"):
+        fetch(server, tmp_path / "g", b"<|endoftext|>")
+    assert os.listdir(tmp_path) == ["f"]
+
+
 def test_no_network(tmp_path):
     with pytest.raises(SystemExit, match="--input=FILE.*python -m lab.world"):
         prepare.download("http://127.0.0.1:9/file", str(tmp_path / "f"), retries=2, wait=0.01)
@@ -656,6 +795,15 @@ def tinystories(workplace):
         stories = make_stories(110, seed=version)
         for name, part in zip(files, (stories[:100], stories[100:])):
             (folder / name).write_text("\n<|endoftext|>\n".join(r["story"] for r in part), encoding="utf-8")
+    with tarfile.open(folder / prepare.ARCHIVE, "w:gz") as archive:
+        for number in range(3):
+            part = make_stories(150, seed=3)[number * 50:number * 50 + 50]
+            records = [{"story": "\n\n" + r["story"], "instruction": {"prompt:": "Write", "words": r["words"],
+                        "features": ["Dialogue"]}, "summary": r["summary"], "source": "GPT-4"} for r in part]
+            for name, content in ((f"data{number:02}.json", json.dumps(records)), (f"._data{number:02}.json", "junk")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content.encode()))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -665,7 +813,7 @@ def tinystories(workplace):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"--url=http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -712,3 +860,23 @@ def test_a_folder_with_both_versions_of_tinystories_is_no_input(tinystories, wor
 def test_own_stories_do_not_replace_the_world(workplace, capsys):
     write_jsonl(workplace / "mine.jsonl", make_stories(20))
     assert "add --dataset=NAME" in error_of(prepare.main, ["--input=mine.jsonl"], capsys)
+
+
+def test_the_archive_of_tinystories_has_instructions(tinystories, capsys):
+    """Its validation split is drawn, and stories of the published validation files beside it are kept out of train."""
+    published = [r["story"] for r in make_stories(30, seed=3)]
+    os.makedirs("data/tinystories")
+    Path("data/tinystories", prepare.VERSIONS[2][1]).write_text("\n<|endoftext|>\n".join(published), encoding="utf-8")
+    prepare.main(["--dataset=tinystories", "--version=all", "--instruct", "--val_fraction=0.2", tinystories])
+    assert "--instruct" not in capsys.readouterr().err  # nothing is missing
+    splits = {split: [text.split("Story:\n") for text in read_back("tinystories", split)] for split in ("train", "val")}
+    stories = [r["story"] for r in make_stories(150, seed=3)]
+    val = {story for _, story in splits["val"]}
+    assert [story for _, story in splits["train"]] == [s for s in stories if s not in val and s not in published]
+    assert val < set(stories) and 15 < len(val) < 45 and val & set(published)
+    before = Counter(line.split(":")[0] for head, _ in splits["train"] for line in head.splitlines())
+    assert min(before[name] for name in ("Features", "Words", "Summary", "Random sentence")) > 10
+    assert any("Features: dialogue\n" in head for head, _ in splits["train"])
+    assert not os.path.exists("data/tinystories/unfinished")
+    assert "mix versions" in error_of(prepare.main, ["--dataset=tinystories", tinystories], capsys)
+    prepare.main(["--dataset=tinystories", "--instruct", "--val_fraction=0.2", "--version=all", "--url=http://x"])
