@@ -27,7 +27,8 @@ import regex
 import torch
 from tqdm import tqdm
 
-from prepare import SKILLS, SPACELESS, fingerprint, instruction, load_meta, load_tokenizer, load_tokens, read_records
+from prepare import SKILLS, instruction, load_meta, load_tokenizer, load_tokens
+from records import SPACELESS, fingerprint, read_records
 from sample import load_run
 
 HERE = os.path.dirname(os.path.abspath(__file__))

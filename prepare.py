@@ -2,27 +2,23 @@
 
     python prepare.py --dataset=tinystories                 download TinyStories (2.2 GB) and prepare it
     python prepare.py --dataset=tinystories --version=all --instruct      the published stories with their instructions
-    python prepare.py --dataset=mine --input=stories.txt    prepare a file or a folder: text, JSON, CSV, parquet, also
-                                                            gzipped
+    python prepare.py --dataset=mine --input=stories.txt    prepare a file or a folder: text, JSON, CSV, parquet, gzip
 
 Writes train.bin, val.bin, tokenizer.tiktoken and meta.json to data/<dataset>. The bins are flat little-endian uint16,
 with <|endoftext|> before every story and after the last. Other stages read them with the load_ functions at the end.
 
 The text may be larger than the memory, so it is read three times, in chunks that all CPUs share: to decide which
-stories stay, to count words for the tokenizer, and to encode. Only text and JSON lines can be cut into chunks, so
-lab/convert.py makes JSON lines of everything else first.
+stories stay, to count words for the tokenizer, and to encode. Only text and JSON lines can be cut into chunks, so JSON
+lines are made of everything else first. records.py has all that is about files.
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
 from common import CommandLine, check_writable, file_hash, ignore_ctrl_c, rename, run_main, usable_cpus
 
 import base64
-import codecs
 import contextlib
 import glob
-import hashlib
 import heapq
 import json
-import mmap
 import os
 import random
 import re
@@ -30,297 +26,37 @@ import shutil
 import signal
 import sys
 import time
-import urllib.request
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
-from http.client import HTTPException
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
 
-EOT = "<|endoftext|>"
+from records import (CHUNK_BYTES, EOT, SPLITS, URL, clean_story, convert, details, ends_well, find_sources, fingerprint,
+                     is_plain, read_chunk, split_file)
+
 SKILLS = ("none", "grammar", "fact", "context", "reasoning")  # the labels in val.skills.bin
 INSTRUCTIONS = {"features": "Features", "words": "Words", "summary": "Summary", "sentence": "Random sentence"}
-URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
-# Version 1 is the paper's, by GPT-3.5 and GPT-4 (Eldan and Li 2023, arXiv 2305.07759). Version 2 is by GPT-4 alone.
-VERSIONS = {1: ("TinyStories-train.txt", "TinyStories-valid.txt"),
-            2: ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
-ARCHIVE = "TinyStories_all_data.tar.gz"  # --version=all: the stories of both with their words, features and summaries
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-          "development": "val", "eval": "val", "test": "test", "testing": "test"}
-FORMATS = {"txt": "text", "jsonl": "lines", "ndjson": "lines", "json": "json", "csv": "csv", "tsv": "csv",
-           "parquet": "parquet"}
-NO_STORIES = ("meta.json", "generate.json", "rejected.jsonl")  # what stages write beside stories
 UNFINISHED = "unfinished"  # the folder, inside the dataset's, in which new files are made
-CHUNK_BYTES = 1 << 21  # a worker reads about this much of a file at a time
-GZIP = b"\x1f\x8b"  # how gzipped files begin
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, or in place of a byte that is not UTF-8
-NOT_UTF8 = "is not UTF-8: save the file as UTF-8"
 
 # -----------------------------------------------------------------------------------------------------------------
-# fetch
-
-
-def find_sources(args, folder):
-    """[(path, split)] of the files to read. The files of TinyStories are downloaded if they are missing.
-
-    The split is what the file's name says, see split_of(), or "published" for the published validation files beside
-    the archive: their stories are kept out of train. Files that are called test are left out."""
-    paths = source_paths(args, folder)
-    refuse_two_versions(paths, folder, args.version or 1)
-    for path in paths:
-        if not os.path.exists(path):
-            download(f"{args.url}/{os.path.basename(path)}", path, GZIP if path.endswith(ARCHIVE) else EOT.encode())
-    published = []
-    if any(path.endswith(ARCHIVE) for path in paths):
-        published = [os.path.join(os.path.dirname(paths[0]), names[-1]) for names in VERSIONS.values()]
-    files = [(path, "published") for path in published if os.path.exists(path)]
-    files += [(path, split_of(path)) for path in paths if path not in published]
-    if all(split == "test" for _, split in files):
-        sys.exit(f"{paths[0]} is called test, and nothing is trained on that: rename it, or name another file with "
-                 "--input")
-    for path, split in files:
-        if split == "test":
-            print(f"{path} is left out: what is called test is not trained on", file=sys.stderr)
-        elif split == "val" and "val" not in os.path.basename(path):
-            print(f"{path} is used for validation, because of its name", file=sys.stderr)
-    return [(path, split) for path, split in files if split != "test"]
-
-
-def source_paths(args, folder):
-    """The paths that the options name: one file or pipe, or a folder's stories.jsonl, else all its files of stories."""
-    source = "/dev/stdin" if args.input == "-" else args.input or folder
-    if args.version:
-        names = (ARCHIVE,) if args.version == "all" else VERSIONS[args.version]
-    elif os.path.isdir(source):
-        names = sorted(name for name in os.listdir(source) if file_format(name))
-        if "stories.jsonl" in names:  # by generate.py, which puts rejected answers into another .jsonl
-            names = ["stories.jsonl"]
-        problem = "has no .txt or .jsonl file, nor .json, .csv or .parquet"
-    else:
-        names = [""] if os.path.exists(source) else []
-        problem = "does not exist"
-    if not names:
-        sys.exit(f"{source} {problem}: name a file or folder with --input, or make stories with python -m lab.world")
-    return [os.path.join(source, name) if name else source for name in names]
-
-
-def file_format(name):
-    """The format of a file by its name, which may end in .gz: a value of FORMATS, or None if it holds no stories."""
-    if name == ARCHIVE:
-        return "tar"
-    hidden = name.startswith(".") or name in NO_STORIES
-    return None if hidden else FORMATS.get(name.lower().removesuffix(".gz").split(".")[-1])
-
-
-def split_of(path):
-    """"test", "val" or "train" if a word of a file's name says so (validation-00000-of-00002.parquet), else None."""
-    splits = [SPLITS.get(word) for word in re.findall(r"[^\W\d_]+", os.path.basename(path).lower())]
-    return next((split for split in ("test", "val", "train") if split in splits), None)
-
-
-def refuse_two_versions(paths, folder, version):
-    """End the program if two versions of TinyStories would meet in one dataset: in the files to read, in the texts in
-    its folder, or in the texts that its current bins were made from. The message shows how to prepare `version`."""
-    names = " ".join([*paths, *glob.glob("*.txt*", root_dir=folder), *glob.glob("*.tar.gz", root_dir=folder)])
-    if os.path.exists(f"{folder}/meta.json"):
-        with open(f"{folder}/meta.json") as file:
-            names += file.read()
-    archive = ARCHIVE in names  # a published validation file may lie beside it
-    versions = [number for number, (train, valid) in VERSIONS.items()
-                if train in names or valid in names and not archive]
-    versions += ["all"] if archive else []
-    if len(versions) > 1:
-        mixed = " and ".join(map(str, versions))
-        name = "tinystories-all" if version == "all" else f"tinystories-v{version}"
-        sys.exit(f"{folder} would mix versions {mixed} of TinyStories: prepare each as a dataset of its own, with "
-                 f"python prepare.py --dataset={name} --version={version}")
-
-
-def download(url, path, mark=b"", retries=5, wait=1.0):
-    """Fetch `url` to `path`. What has arrived stays in path + ".part", and a later attempt continues from there.
-
-    Gives up after retries + 1 attempts in a row without a new byte, or at once if the server refuses. A file without
-    `mark` in its beginning is a page that a server sent instead, and is removed."""
-    part, failures = path + ".part", 0
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    open(part, "ab").close()
-    largest = os.path.getsize(part)
-    while True:
-        try:
-            fetch_rest(url, part)
-            break
-        except (OSError, ValueError, HTTPException) as error:  # HTTPError is an OSError
-            size, status = os.path.getsize(part), getattr(error, "code", None)
-            failures = 0 if size > largest else failures + 1
-            if failures > retries or status in (400, 401, 403, 404, 410):
-                sys.exit(f"cannot download {url}: {error}. Run this again to continue after {size:,} bytes, check "
-                         "--url, name a file that you have with --input=FILE, or make stories with python -m lab.world")
-        if status == 416:  # the server has no byte after ours: ours are another file's, or all of this one
-            os.truncate(part, 0)
-        largest = max(size, largest)
-        time.sleep(wait * (2**failures - 1))  # 0 s after progress, then 1, 3, 7, 15 and 31 s
-    beginning = first_bytes(part)
-    if mark not in beginning:
-        os.remove(part)
-        sys.exit(f"{url} is not a file of stories, it begins with {beginning[:60]}: check --url, or name a file that "
-                 "you have with --input=FILE")
-    os.replace(part, path)
-
-
-def first_bytes(path):
-    with open(path, "rb") as file:
-        return file.read(100_000)
-
-
-def fetch_rest(url, part):
-    """Append the rest of `url` to the file `part`. Raises OSError if the connection ends before that."""
-    start = os.path.getsize(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
-    with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as file:
-        if response.status != 206:  # the server ignores ranges and sends the file from its start
-            start = 0
-            file.truncate(0)
-        total = start + int(response.headers.get("Content-Length", 0))  # 0 if the server does not report the length
-        with tqdm.wrapattr(response, "read", total=total or None, initial=start, desc=part, disable=None) as body:
-            shutil.copyfileobj(body, file)
-    if os.path.getsize(part) < total:
-        raise OSError(f"{os.path.getsize(part):,} of {total:,} bytes arrived")
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# read: files are cut into chunks, which workers process independently of each other
-
-
-def detect_format(name, head, field):
-    """The format of a file by its first bytes and its name, a value of FORMATS, "gzip" or "tar". A table without a name
-    is known by its column `field`."""
-    for magic, start, kind in (GZIP, 0, "gzip"), (b"PAR1", 0, "parquet"), (b"ustar", 257, "tar"):
-        if head.startswith(magic, start):
-            return kind
-    if head.startswith((b"PK\3\4", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")):  # zip, bzip2, xz, zstd
-        sys.exit(f"{name} is packed, and not by gzip: unpack it first")
-    beginning = head.decode(detect_encoding(head), "ignore").lstrip()
-    if beginning[:14].lower().startswith(("<!doctype html", "<html", "<?xml")):
-        sys.exit(f"{name} is a page of HTML and no file of stories: delete it, and get the file itself")
-    kind = file_format(os.path.basename(name))
-    if beginning.startswith("[") and kind == "lines" or beginning.startswith(("[", "{")) and not kind:
-        return "json"
-    columns = re.split("[,;\t]", beginning.partition("\n")[0].replace('"', "").strip())
-    if not kind and field in columns and len(columns) > 1:
-        return "csv"
-    return kind or "text"
-
-
-def detect_encoding(head):
-    """The encoding that a file's byte-order mark tells, else UTF-8. Python's codecs remove the mark."""
-    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-             codecs.BOM_UTF16_BE: "utf-16"}
-    return next((name for mark, name in marks.items() if head.startswith(mark)), "utf-8-sig")
-
-
-def is_plain(path, split_at, field):
-    """Whether a file is plain, so that chunks can be cut from it: JSON lines or text split at EOT, in UTF-8."""
-    if not os.path.isfile(path) or path.startswith("/dev/"):  # a pipe can be read only once
-        return False
-    head = first_bytes(path)
-    kind = detect_format(path, head, field)
-    return detect_encoding(head) == "utf-8-sig" and (kind == "lines" or kind == "text" and split_at == "eot")
+# decide which stories stay
 
 
 def make_plain(path, args, new_path):
     """The path of a plain file with the stories of `path`: itself, or `new_path`, to which JSON lines are written."""
     if is_plain(path, args.split, args.field):
         return path
-    from lab.convert import convert  # only here: most files need no conversion
     os.makedirs(os.path.dirname(new_path), exist_ok=True)
     with open(new_path, "w", encoding="ascii") as file:
         for line in tqdm(convert(path, args.split, args.field), f"reading {path}", unit=" stories", disable=None):
             print(line, file=file)
     return new_path
-
-
-def has_lines(path):
-    """Whether each line of a plain file is a story, in JSON."""
-    return path.lower().endswith((".jsonl", ".ndjson"))
-
-
-def split_file(path):
-    """Yield the chunks (path, start, end) of a plain file, in bytes. Each ends where a story ends."""
-    separator = b"\n" if has_lines(path) else EOT.encode()
-    start, size = 0, os.path.getsize(path)
-    if size == 0:  # mmap does not take an empty file
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        while start < size:
-            position = content.find(separator, start + CHUNK_BYTES)
-            end = size if position < 0 else position + len(separator)  # -1: not found
-            yield path, start, end
-            start = end
-
-
-def read_chunk(path, start, end, field="story"):
-    """The records of a chunk, {"story": text, …} each, from JSON lines or from text split at EOT.
-
-    A broken one is {"story": None, "why": what is wrong with it, "line": its line in the chunk, "text": all of it}."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        content = file.read(end - start)
-    text = content.decode(errors="surrogateescape")  # which turns bytes that are not UTF-8 into surrogates
-    text = re.sub(r"(?m)^\ufeff", "", text)  # byte-order marks, also inside a file that was joined from several
-    if has_lines(path):
-        return [parse_line(line, number, field) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    stories = text.replace("\r\n", "\n").split(EOT)
-    if not stories[-1].strip():  # after the last separator
-        stories.pop()
-    records, line = [], 1
-    for story in stories:
-        try:
-            story.encode()
-            records.append({"story": story.strip()})
-        except UnicodeEncodeError as error:
-            number = line + story.count("\n", 0, error.start)
-            records.append({"story": None, "why": NOT_UTF8, "line": number, "text": story})
-        line += story.count("\n")
-    return records
-
-
-def parse_line(line, number, field="story"):
-    """The record in a line of JSON, with its text under "story", or what read_chunk() says of a broken one."""
-    record = None
-    try:
-        record = json.loads(line)
-        record["story"] = record[field]
-        record["story"].encode()
-        if isinstance(record.get("spans") or [], list):
-            return record
-        why = 'has "spans" that are not a list'
-    except UnicodeEncodeError:
-        half = re.search("[\ud800-\udbff]", record["story"])  # the other half can also stand for a byte
-        why = "has half a surrogate pair: correct or delete it" if half else NOT_UTF8
-    except (json.JSONDecodeError, RecursionError):
-        why = NOT_UTF8 if SURROGATE.search(line) else f'is not a JSON object with a "{field}": correct or delete it'
-    except (TypeError, KeyError, AttributeError, ValueError):
-        why = f'has no text in "{field}"'
-        if isinstance(record, dict) and field not in record:
-            why += f": it has {', '.join(record)}; name one with --field=NAME"
-    return {"story": None, "why": why, "line": number, "text": line}
-
-
-def read_records(path, field="story"):
-    """Yield each story of a file of any format as a record, with a progress bar."""
-    if is_plain(path, "eot", field):
-        chunks = tqdm(list(split_file(path)), path, unit="chunk", leave=False, disable=None)
-        records = chain.from_iterable(read_chunk(*chunk, field) for chunk in chunks)
-    else:
-        from lab.convert import convert
-        records = (parse_line(line, number, field) for number, line in enumerate(convert(path, "eot", field), 1))
-    return (record for record in records if record["story"] is not None)
 
 
 def run_workers(function, tasks, title, workers=None):
@@ -343,119 +79,6 @@ def run_workers(function, tasks, title, workers=None):
         sys.exit(f"a worker process was killed, probably since memory ran out: try --workers={max(1, workers // 2)}")
     finally:
         pool.shutdown(cancel_futures=True)  # also if the caller stops early, or a worker fails
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# clean
-
-# Mojibake: UTF-8 that was read as cp1252, so that each character became two to four: "don’t" is now "donâ€™t". What
-# each byte from 80 to FF becomes; control characters stand for the five that cp1252 lacks, and in Latin-1 for more.
-CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100))
-TO_LATIN1 = str.maketrans(CP1252, "".join(map(chr, range(0x80, 0x100))))
-TAIL = f"[{CP1252[:64]}\x80-\x9f]"  # any byte of a character but its first, which tells how many there are
-MISREAD = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|ð[Ÿ\x9f]{TAIL}{TAIL}|â€(?!{TAIL}|Â)\ufffd?")
-# Right text has such sequences too, as in „So ein Spaß“: letters, and what often follows letters. So a sequence is only
-# undone in a context in which no right text has it.
-AFTER = "\xa0«»“”„‘’‚‹›…–—•™®¹²³°ºªŠšŒœŽž"  # what often follows a letter
-CAPITALS = "[A-ZÀ-ÖØ-Þ][A-ZÀ-ÖØ-Þ]"
-OTHER = "È[˜™š›\x98-\x9b]|É[™\x99]"  # ș, ț and ə
-ANY, ODD = f"[Æ-ß]{TAIL}", f"[Æ-ß](?![{AFTER}]){TAIL}"
-CERTAIN = re.compile("|".join((
-    f"(?<=[a-zß-öø-ÿ])(?:[ÂÃÄÅ]{TAIL}|{OTHER})",  # after a small letter: cafÃ©
-    f"[ÂÃ](?![{AFTER}]){TAIL}",  # a sign that does not follow letters: Ã©tÃ©, Â¿
-    f"(?<!{CAPITALS})[ÂÃ][¹²³°ºªŠšŒœŽž]",  # a footnote can follow a word in capitals, but not here: Ãœber
-    "[ÂÃÄÅ][«»“”„‘‚‹›•™®ŠšŒœŽž](?=[^\\W\\d_])",  # a quote inside a word: CÃ”TE, Å“uf
-    f"(?<!{CAPITALS})(?:[ÄÅ](?![{AFTER}]){TAIL}|Ã–|{OTHER})(?=[a-z])",  # a small letter follows: Ã–l
-    f"(?<!{CAPITALS})Ã\xa0(?=[ ,.]|-[a-z])",  # a no-break space and a space: il va Ã  Paris
-    "(?<=[^A-ZÀ-ÖØ-Þ\\s«»‹›“”„‘’\"'(])Â[\xa0«»]|(?<!\\S)Â«",  # a lone Â is hardly a word: 10Â km
-    f"{ODD}(?={ANY})|{ANY}(?={ODD})|(?<={ANY}){ODD}|(?<={ODD}){ANY}",  # two of other scripts: Ð´Ð°
-    f"[à-ï](?![{AFTER}¡¿]{{2}}){TAIL}{TAIL}|ð|â€(?!{TAIL})")))  # æ—¥, â€™, an emoji
-QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
-
-
-def clean_story(record):
-    """The story of a record, repaired and without white space around it. If spans point into it, it stays as it is."""
-    return record["story"] if record.get("spans") else repair(record).strip()
-
-
-def repair(record):
-    """The story of a record, with mojibake undone where that is beyond doubt, also if it happened twice. If spans point
-    into the story, it stays as it is."""
-    story, before = record["story"], None
-    if record.get("spans"):
-        return story
-    while story != before and not story.isascii():
-        story, before = undo_misreading(story), story
-    return story.removeprefix("\ufeff")  # a byte-order mark that was misread too
-
-
-def undo_misreading(story):
-    """A story with each misread sequence undone that cannot be right text.
-
-    If the story, or a line of it, has such sequences, and no character beyond ASCII outside sequences, it was misread
-    as a whole. Then those that could be right text are undone too."""
-    sequences = [match for match in MISREAD.finditer(story) if decode_misread(match[0])]
-    certain = {match.start() for match in sequences if CERTAIN.match(story, match.start())
-               and not "\x80" <= decode_misread(match[0]) < "\xa0"}  # control characters are no improvement
-    if not certain:
-        return story
-    for part in (*re.finditer("(?s).+", story), *re.finditer(".+", story)):
-        inside = [match for match in sequences if part.start() <= match.start() < part.end()]
-        share = sum(match.start() in certain for match in inside) / max(1, len(inside))
-        if share and sum(len(match[0]) for match in inside) == len(re.findall(r"[^\x00-\x7f]", part[0])):
-            # Ç to Ë would become letters that no stories have; and without a majority, only Latin letters are certain
-            leads = "[^Ç-Ë]" if share > 0.5 else "[Â-Æ]"
-            certain.update(match.start() for match in inside if re.match(leads, match[0]))
-    return MISREAD.sub(lambda match: decode_misread(match[0]) if match.start() in certain else match[0], story)
-
-
-def decode_misread(sequence):
-    """The character that a sequence was misread from, or "" if there is none."""
-    if sequence.rstrip("\ufffd") == "â€":  # the third byte is lost; of those that cp1252 lacks, only ” is common
-        return "”"
-    try:
-        return sequence.translate(TO_LATIN1).encode("latin-1").decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-# What a finished story ends in, perhaps in bold type: punctuation of any script, a closing quote or bracket, an emoji,
-# or The End. Thai and Lao have no final punctuation.
-ENDING = regex.compile(r"""(?ix)
-    (?: [\p{Sentence_Terminal}…།"'\p{Pe}\p{Pf}\p{Extended_Pictographic}\p{So}\p{Thai}\p{Lao}]
-      | (?<!\s)\p{Pi} | (?<=\p{Greek}); | (?<!\w)the\ end
-      | (?<=[\p{Sentence_Terminal}…"'\p{Pe}\p{Pf}\n][\s*_~—–-]*)(?:fin|fine|ende|fim|конец|完|終|终|समाप्त) )
-    [\s*_~=—–\-\#\p{M}\p{Sk}\p{Cf}]* \Z""")
-
-
-def ends_well(story):
-    """Whether a story is finished, and not cut off."""
-    ending = story.rstrip()[-60:]
-    return ending.endswith((".", "!", "?", '"', "”")) or bool(ENDING.search(ending))  # the former is fast
-
-
-# In these scripts no spaces stand between words: there, each character counts as a word.
-SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-LETTERS = regex.compile(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[\d_{SPACELESS}]]+")  # a word without digits
-
-
-def split_words(text):
-    """The words of a text, with their punctuation: what stands between spaces, or single characters without any."""
-    return regex.findall(rf"[{SPACELESS}]\p{{M}}*|[^\s{SPACELESS}]+", text)
-
-
-def word_end(text, position):
-    """The first position from `position` on at which a word may end, or `position` itself if there is none."""
-    match = regex.compile(rf"(?= )|(?<=[{SPACELESS}])(?!\p{{M}})").search(text, position)
-    return match.start() if match else position
-
-
-def fingerprint(story):
-    """64 bits of a story's text, the same for copies that differ only in case, quotes and white space.
-
-    Among 3 million stories, the chance that any two different ones share a fingerprint is one in 4 million."""
-    normal = " ".join(story.translate(QUOTES).lower().split())
-    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")
 
 
 def why_removed(story, clean):
@@ -615,33 +238,6 @@ def instruct(record, split, hold_out, seed):
         check_span(span)
         spans.append({**span, "start": span["start"] + len(text), "end": span["end"] + len(text)})
     return {**record, "story": text + record["story"], "spans": spans}
-
-
-def details(record):
-    """{"features": [text], "words": [text], "summary": text} of a record, empty where it has none.
-
-    The published records have the first two in "instruction". Names may be written in any case."""
-    fields = {str(name).strip(": ").lower(): value for name, value in record.items() if value}
-    inner = fields.pop("instruction", None)
-    if isinstance(inner, dict):
-        fields = {**{str(name).strip(": ").lower(): value for name, value in inner.items()}, **fields}
-    # in the published records, BadEnding and Twist are what generate.py calls "bad ending" and "plot twist"
-    features = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", feature).lower() for feature in as_list(fields.get("features"))]
-    summary = fields.get("summary")
-    return {"features": ["plot twist" if feature == "twist" else feature for feature in features],
-            "words": as_list(fields.get("words")),
-            "summary": " ".join(clean_text(summary).split()) if isinstance(summary, str) else ""}
-
-
-def as_list(value):
-    """Words, or features, as a list of texts, from a list or from text such as "jump, dog"."""
-    if isinstance(value, str):
-        value = re.split("[,;]", value.strip("[]"))
-    return [clean_text(str(item)).strip(" '\"") for item in value or () if item] if isinstance(value, list) else []
-
-
-def clean_text(text):
-    return SURROGATE.sub("", text)  # half a surrogate pair cannot be encoded
 
 
 def instruction(fields):

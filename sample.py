@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, Cache, GPTConfig
-from prepare import EOT, instruction, load_ranks, make_encoding
+from prepare import instruction, load_ranks, make_encoding
+from records import EOT
 
 
 def load_run(path, device="cpu", block_size=0):

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list, split_stories
 from generate import missing_words
-from prepare import (INSTRUCTIONS, SPACELESS, instruction, load_meta, load_tokenizer, load_tokens,
-                     read_records)
+from prepare import INSTRUCTIONS, instruction, load_meta, load_tokenizer, load_tokens
+from records import SPACELESS, read_records
 from sample import generate
 
 

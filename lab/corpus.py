@@ -17,7 +17,8 @@ from common import CommandLine, newest_run, pick_device, print_table, run_main
 from eval import add_section, interval, load_subject, print_section
 from generate import missing_words
 from lab.completions import complete, ngrams, pick_stories, words_of
-from prepare import SPACELESS, details, file_format, fingerprint, load_tokenizer, load_tokens, read_records
+from prepare import load_tokenizer, load_tokens
+from records import SPACELESS, details, file_format, fingerprint, read_records
 
 # -----------------------------------------------------------------------------------------------------------------
 # diversity: each measurement takes all records of a file, as a list in memory, and returns {figure: text}

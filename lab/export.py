@@ -190,8 +190,8 @@ def main(argv=None):
     parser.add_argument("run", nargs="?", default="", help="its folder, or a checkpoint in it (default: the newest)")
     parser.option("to", "html", "a page that tells stories, a folder for transformers, or a file for llama.cpp",
                   choices=list(BITS))
-    parser.option("bits", None, "for each weight: 8 or 16 in a page, where 16 are as good as exact (default: 8), and 8, "
-                  "16 or 32 for llama.cpp (default: 16)", type=int)
+    parser.option("bits", None, "for each weight: 8 or 16 in a page, where 16 are as good as exact (default: 8); 8, 16 "
+                  "or 32 for llama.cpp (default: 16)", type=int)
     args = parser.parse_args(argv)
     bits = args.bits or BITS[args.to][0]
     if bits not in BITS[args.to]:

@@ -16,12 +16,13 @@ from itertools import chain
 
 from tqdm import tqdm
 
+from ask import ask_all, connect, dollars, open_to_append, parse_server_args, read_lines, without_thoughts
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list
-from generate import (MAX_REQUESTS, ask_all, connect, dollars, open_to_append, parse_server_args, read_lines,
-                      without_thoughts)
+from generate import MAX_REQUESTS
 from lab.completions import complete, pick_stories
-from prepare import instruction, load_tokenizer, load_tokens, split_words, word_end
+from prepare import instruction, load_tokenizer, load_tokens
+from records import split_words, word_end
 
 MARKS = ("grammar", "creativity", "consistency", "plot")
 AGES = {"A": 3, "B": 4.5, "C": 6.5, "D": 8.5, "E": 11, "F": 14.5}  # years

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from common import rename
 from model import norm
-from prepare import BYTES, EOT
+from prepare import BYTES
+from records import EOT
 from sample import load_run
 
 EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square

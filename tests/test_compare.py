@@ -1,6 +1,5 @@
 """lab/compare.py: runs side by side in a table, seeds as one, and charts that show every point."""
 import json
-import os
 import re
 import xml.etree.ElementTree as ElementTree
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import ask
 import generate
 from conftest import start_heeding_ctrl_c
 
@@ -289,7 +290,7 @@ def test_the_summary_is_one_sentence_however_it_is_marked(summary):
 def test_a_real_story_is_not_cut(story):
     assert generate.split_answer(story) == (story, "")
     assert generate.split_answer(f"**Story:** {story}\n\nSummary: It ran.") == (story, "It ran.")
-    good = generate.Answer("writer", {})
+    good = ask.Answer("writer", {})
     assert not generate.why_rejected(story + "\nThe dog ran on." * generate.MIN_WORDS, good, [], set())
 
 
@@ -463,7 +464,7 @@ def test_a_missing_or_broken_key_is_one_line(monkeypatch):
 @pytest.fixture
 def soon(monkeypatch):
     """Failed requests are sent again at once."""
-    monkeypatch.setattr(generate, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(ask, "FIRST_PAUSE", 0.001)
 
 
 def stream(*chunks, end="data: [DONE]\n\n"):
@@ -560,8 +561,8 @@ def test_what_the_servers_filter_refuses_is_given_up_for_good():
     (529, "overloaded", "retry"), (0, "Connection error.", "retry"), (404, "no such model", "stop"),
     (0, "certificate verify failed: Hostname mismatch", "stop"), (403, "not in your country", "stop")])
 def test_what_to_do_about_what_a_server_says(status, said, action):
-    answer = generate.Answer("writer", {}, error=said, status=status)
-    assert generate.what_to_do(answer, {"model": "writer", "max_tokens": 5000, "temperature": 1}, []) == action
+    answer = ask.Answer("writer", {}, error=said, status=status)
+    assert ask.what_to_do(answer, {"model": "writer", "max_tokens": 5000, "temperature": 1}, []) == action
 
 
 def test_a_parameter_that_is_refused_can_be_left_out_and_others_added():
@@ -643,7 +644,7 @@ def test_empty_answers_use_no_story_up(capsys):
 @pytest.mark.parametrize("key", ["x", "ma", "max", "ollama"])
 def test_a_word_instead_of_a_key_is_not_replaced_in_what_the_server_says(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    monkeypatch.setattr(generate, "KEY", key, raising=False)
+    monkeypatch.setattr(ask, "KEY", key, raising=False)
     with Server(lambda prompt, times: fault(400, "max_tokens exceeds what ollama has")) as server:
         with pytest.raises(SystemExit, match="max_tokens exceeds what ollama has"):
             run(server)
@@ -657,7 +658,7 @@ def test_the_network_of_the_environment(name, value, monkeypatch):
         run(server, "--n=1")                                            # a server on this machine needs no proxy
     if name != "HTTP_PROXY":
         with pytest.raises(SystemExit, match=f"{name}") as end:
-            generate.connect(SimpleNamespace(base_url="https://example.org/v1", timeout=1))
+            ask.connect(SimpleNamespace(base_url="https://example.org/v1", timeout=1))
         assert "\n" not in str(end.value)
 
 
@@ -694,22 +695,22 @@ def test_requests_that_time_out_lower_the_concurrency_and_answers_raise_it_again
     tokens = {"tokens_in": 1, "tokens_out": 1}
     bar = SimpleNamespace(update=lambda: None, write=lambda text, file: None)
     args = SimpleNamespace(concurrency=8, max_retries=9)
-    asking = generate.Asking(None, {}, lambda item, answer: "", bar, args, Counter())
-    late = generate.Answer("writer", tokens, error="late", lost=True)
+    asking = ask.Asking(None, {}, lambda item, answer: "", bar, args, Counter())
+    late = ask.Answer("writer", tokens, error="late", lost=True)
     for _ in range(5):
-        asking.take(generate.Task(0, "", 1), late)
+        asking.take(ask.Task(0, "", 1), late)
     assert asking.places == 3
     for _ in range(21):
-        asking.take(generate.Task(0, "", 1), generate.Answer("writer", tokens))
+        asking.take(ask.Task(0, "", 1), ask.Answer("writer", tokens))
     assert int(asking.places) == 4
     for _ in range(20):
-        asking.take(generate.Task(0, "", 1), late)
+        asking.take(ask.Task(0, "", 1), late)
     assert asking.places == 1
 
 
 def test_a_server_that_answers_one_at_a_time_is_not_overrun(monkeypatch):
     """It takes half as long as --timeout allows, so that of five requests at a time three would wait in vain."""
-    monkeypatch.setattr(generate, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(ask, "FIRST_PAUSE", 0.05)
     one = threading.Lock()
 
     def behave(prompt, times):
@@ -773,11 +774,11 @@ def test_reading_changes_no_file_and_opening_to_append_repairs_it():
     path = pathlib.Path("lines.jsonl")
     for text, n_lines in (b'{"a": 1}\n{"a"', 1), (b'{"a": 1}\n{"a": 2}', 2), (b"", 0):
         path.write_bytes(text)
-        assert list(generate.read_lines("lines.jsonl")) == [{"a": 1}, {"a": 2}][:n_lines]
+        assert list(ask.read_lines("lines.jsonl")) == [{"a": 1}, {"a": 2}][:n_lines]
         assert path.read_bytes() == text
-        generate.open_to_append("lines.jsonl").close()
+        ask.open_to_append("lines.jsonl").close()
         assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'[:9 * n_lines]
-    assert list(generate.read_lines("none.jsonl")) == [] and not os.path.exists("none.jsonl")
+    assert list(ask.read_lines("none.jsonl")) == [] and not os.path.exists("none.jsonl")
 
 
 def test_a_setting_that_brought_nothing_yet_may_be_mended():

@@ -15,7 +15,7 @@ import torch
 from common import CommandLine, load_checkpoint
 from conftest import error_of
 from eval import split_stories
-from generate import parse_server_args
+from ask import parse_server_args
 from lab import judge
 from prepare import load_meta, load_tokenizer, load_tokens
 from test_generate import Server, answer

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +23,10 @@ import regex
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+import ask
 import generate
 import prepare
+import records
 from conftest import error_of, make_stories, start_heeding_ctrl_c, write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -123,10 +124,10 @@ def test_no_story_is_cut_wherever_a_chunk_ends(workplace, monkeypatch, ending):
     for content in (text, "\ufeff" + text, closed, text.rstrip()):
         path.write_bytes(content.encode())
         for size in range(1, 40):
-            monkeypatch.setattr(prepare, "CHUNK_BYTES", size)
-            chunks = list(prepare.split_file(str(path)))
+            monkeypatch.setattr(records, "CHUNK_BYTES", size)
+            chunks = list(records.split_file(str(path)))
             assert [start for _, start, _ in chunks] + [path.stat().st_size] == [0] + [end for _, _, end in chunks]
-            assert [r["story"] for chunk in chunks for r in prepare.read_chunk(*chunk)] == stories
+            assert [r["story"] for chunk in chunks for r in records.read_chunk(*chunk)] == stories
         assert len(chunks) > 1
 
 
@@ -138,7 +139,7 @@ def test_no_story_is_cut_wherever_a_chunk_ends(workplace, monkeypatch, ending):
 def test_splits_are_known_by_the_names_of_their_files(workplace, name, split):
     (workplace / name).touch()
     args = options(input=str(workplace), version=None)
-    assert prepare.find_sources(args, "data/x") == [(str(workplace / name), split)]
+    assert records.find_sources(args, "data/x") == [(str(workplace / name), split)]
 
 
 @pytest.mark.parametrize("name", ["test.txt", "test-00000-of-00001.jsonl", "Stories_TEST2.jsonl", "train-test.jsonl"])
@@ -169,19 +170,19 @@ def test_rejected_answers_are_no_stories(workplace):
     for name in ("stories", "rejected"):  # as generate.py writes them
         (workplace / f"{name}.jsonl").touch()
     args = options(input=str(workplace), version=None)
-    assert prepare.find_sources(args, "data/x") == [(str(workplace / "stories.jsonl"), None)]
+    assert records.find_sources(args, "data/x") == [(str(workplace / "stories.jsonl"), None)]
 
 
 def test_files_that_begin_with_a_byte_order_mark_can_be_joined(workplace):
     for name, one in (("s.jsonl", '\ufeff{"story": "One."}\n'), ("s.txt", "\ufeffOne.\n<|endoftext|>\n")):
         (workplace / name).write_text(one * 3)
-        assert [r["story"] for r in prepare.read_records(name)] == ["One."] * 3
+        assert [r["story"] for r in records.read_records(name)] == ["One."] * 3
 
 
 def test_an_empty_file_has_no_stories(workplace):
     for name in ("s.txt", "s.jsonl"):
         (workplace / name).write_bytes(b"")
-        assert list(prepare.read_records(name)) == []
+        assert list(records.read_records(name)) == []
 
 
 def test_bins_do_not_depend_on_chunks_and_workers(workplace, monkeypatch):
@@ -189,7 +190,7 @@ def test_bins_do_not_depend_on_chunks_and_workers(workplace, monkeypatch):
     write_jsonl(workplace / "s.jsonl", stories + stories[50:60] + [{**stories[3], "split": "val"}])
     arguments = ["--input=s.jsonl", "--val_fraction=0.2", "--vocab_size=600", "--instruct"]
     prepare.main(["--dataset=uncut"] + arguments)
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 1000)
     for name, workers in (("one", 1), ("many", 5)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(workers), raising=False)
         prepare.main([f"--dataset={name}"] + arguments)
@@ -206,7 +207,7 @@ def test_a_worker_decides_alone(workplace):
     decisions, broken, fields = prepare.decide(all_of("s.jsonl"), None, options(val_fraction=0))
     assert [decision for _, decision, _ in decisions] == ["train", "val", "empty", "under 100 characters",
                                                           "called test"]
-    assert decisions[0][0] == decisions[4][0] == prepare.fingerprint(good["story"])
+    assert decisions[0][0] == decisions[4][0] == records.fingerprint(good["story"])
     decisions, broken, fields = prepare.decide(all_of("s.jsonl"), "val", options(clean=False))
     assert [decision for _, decision, _ in decisions] == ["val", "val", "empty", "val", "called test"]
 
@@ -332,7 +333,7 @@ def misread(text, encoding="cp1252"):
 
 
 def repair(text):
-    return prepare.repair({"story": text})
+    return records.repair({"story": text})
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
@@ -370,8 +371,8 @@ def test_misread_text_of_all_kinds_is_repaired(text):
     ("slept and", False), ("slept,", False), ("she said, “", False), ("all was fine", False), ("睡了，", False)])
 def test_one_rule_says_whether_a_story_is_finished(ending, whole):
     """prepare.py and generate.py have the same: no story is paid for that is then removed."""
-    assert prepare.ends_well(ending) == whole
-    story, answer = "One day he went to the park. " * 10 + ending, SimpleNamespace(refusal="", finish="stop")
+    assert records.ends_well(ending) == whole
+    story, answer = "One day he went to the park. " * 10 + ending, ask.Answer("writer", {}, finish="stop")
     assert (generate.why_rejected(story, answer, [], {}) != "cut off") == whole
     assert (prepare.why_removed(story, clean=True) == "") == whole
 
@@ -408,9 +409,9 @@ def test_instructions_stand_before_the_story_and_hold_out_a_pair_in_train():
     {"words": "['jump', 'dog']", "features": "bad ending;Plot Twist", "summary": "He jumps.", "instruction": "Write!"},
     {"words": ["jump", None, "dog"], "features": ("bad ending", "plot twist"), "summary": "He jumps.\ud83d"}])
 def test_what_is_known_of_a_story_is_read_however_it_is_written(record):
-    assert prepare.details(json.loads(json.dumps(record))) == {
+    assert records.details(json.loads(json.dumps(record))) == {
         "features": ["bad ending", "plot twist"], "words": ["jump", "dog"], "summary": "He jumps."}
-    assert prepare.details({"story": "Hi.", "words": 3, "summary": ["a"], "features": None}) == {
+    assert records.details({"story": "Hi.", "words": 3, "summary": ["a"], "features": None}) == {
         "features": [], "words": [], "summary": ""}
 
 
@@ -555,7 +556,7 @@ def test_broken_records_are_dropped_counted_and_shown(workplace, monkeypatch, ca
     (workplace / "s.jsonl").write_bytes(b"\n".join(lines))
     (workplace / "s.json").write_bytes(b"[" + b",\n".join(lines) + b"]")
     for chunk_bytes, name, place in (1000, "s.jsonl", "line"), (10**6, "s.json", "story"):
-        monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(records, "CHUNK_BYTES", chunk_bytes)
         prepare.main(["--dataset=x", f"--input={name}", "--val_fraction=0.2"])
         assert sorted(read_back("x", "train") + read_back("x", "val")) == sorted(r["story"] for r in make_stories(60))
         output = capsys.readouterr()
@@ -727,7 +728,7 @@ def server():
 
 
 def fetch(server, path, mark=b""):
-    prepare.download(server.url, str(path), mark, retries=3, wait=0.01)
+    records.download(server.url, str(path), mark, retries=3, wait=0.01)
     assert not os.path.exists(f"{path}.part")
     return path.read_bytes()
 
@@ -783,7 +784,7 @@ def test_a_page_in_place_of_the_file_is_not_kept(server, tmp_path):
 
 def test_no_network(tmp_path):
     with pytest.raises(SystemExit, match="--input=FILE.*python -m lab.world"):
-        prepare.download("http://127.0.0.1:9/file", str(tmp_path / "f"), retries=2, wait=0.01)
+        records.download("http://127.0.0.1:9/file", str(tmp_path / "f"), retries=2, wait=0.01)
 
 
 @pytest.fixture
@@ -791,16 +792,16 @@ def tinystories(workplace):
     """The option --url of a server that has the published files of both versions, small ones."""
     folder = workplace / "served"
     folder.mkdir()
-    for version, files in prepare.VERSIONS.items():
+    for version, files in records.VERSIONS.items():
         stories = make_stories(110, seed=version)
         for name, part in zip(files, (stories[:100], stories[100:])):
             (folder / name).write_text("\n<|endoftext|>\n".join(r["story"] for r in part), encoding="utf-8")
-    with tarfile.open(folder / prepare.ARCHIVE, "w:gz") as archive:
+    with tarfile.open(folder / records.ARCHIVE, "w:gz") as archive:
         for number in range(3):
             part = make_stories(150, seed=3)[number * 50:number * 50 + 50]
-            records = [{"story": "\n\n" + r["story"], "instruction": {"prompt:": "Write", "words": r["words"],
-                        "features": ["Dialogue"]}, "summary": r["summary"], "source": "GPT-4"} for r in part]
-            for name, content in ((f"data{number:02}.json", json.dumps(records)), (f"._data{number:02}.json", "junk")):
+            shard = [{"story": "\n\n" + r["story"], "instruction": {"prompt:": "Write", "words": r["words"],
+                      "features": ["Dialogue"]}, "summary": r["summary"], "source": "GPT-4"} for r in part]
+            for name, content in ((f"data{number:02}.json", json.dumps(shard)), (f"._data{number:02}.json", "junk")):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content.encode()))
@@ -823,7 +824,7 @@ def test_tinystories_is_downloaded_and_prepared(tinystories):
     assert read_back("tinystories", "train") == [r["story"] for r in make_stories(100, seed=2)]
     source = prepare.load_meta("tinystories")["source"]
     files = [(os.path.basename(file["file"]), file["split"]) for file in source]
-    assert files == list(zip(prepare.VERSIONS[2], ("train", "val")))
+    assert files == list(zip(records.VERSIONS[2], ("train", "val")))
 
 
 def test_any_dataset_can_be_a_version_of_tinystories(tinystories):
@@ -840,7 +841,7 @@ def test_a_second_version_of_tinystories_does_not_replace_the_first(tinystories,
     prepare.main(["--dataset=tinystories", "--version=1", tinystories])
     before = read_back("tinystories", "train")
     if not texts_stay:
-        for name in prepare.VERSIONS[1]:
+        for name in records.VERSIONS[1]:
             os.remove(f"data/tinystories/{name}")
     files = sorted(os.listdir("data/tinystories"))
     for arguments in (["--version=2"], []):  # 2 is what tinystories is by default
@@ -866,7 +867,7 @@ def test_the_archive_of_tinystories_has_instructions(tinystories, capsys):
     """Its validation split is drawn, and stories of the published validation files beside it are kept out of train."""
     published = [r["story"] for r in make_stories(30, seed=3)]
     os.makedirs("data/tinystories")
-    Path("data/tinystories", prepare.VERSIONS[2][1]).write_text("\n<|endoftext|>\n".join(published), encoding="utf-8")
+    Path("data/tinystories", records.VERSIONS[2][1]).write_text("\n<|endoftext|>\n".join(published), encoding="utf-8")
     prepare.main(["--dataset=tinystories", "--version=all", "--instruct", "--val_fraction=0.2", tinystories])
     assert "--instruct" not in capsys.readouterr().err  # nothing is missing
     splits = {split: [text.split("Story:\n") for text in read_back("tinystories", split)] for split in ("train", "val")}

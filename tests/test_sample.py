@@ -13,7 +13,7 @@ import train
 from conftest import error_of, make_stories, write_jsonl
 from model import Cache
 from prepare import main as prepare
-from prepare import read_records
+from records import read_records
 from test_model import POSITIONS, make_model
 
 EOT = 96

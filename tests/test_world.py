@@ -11,7 +11,7 @@ import pytest
 from conftest import error_of
 from generate import FEATURES
 from lab import world
-from prepare import fingerprint
+from records import fingerprint
 
 NUMBERS = {word: n for n, word in enumerate("none one two three four five six seven eight nine ten".split())}
 CONTEXT = ["who", "what", "where"]

@@ -1,4 +1,4 @@
-"""lab/convert.py: whatever format stories come in, prepare.py reads the same stories."""
+"""records.py: whatever format stories come in, prepare.py reads the same stories."""
 import csv
 import gzip
 import io
@@ -11,8 +11,8 @@ import threading
 import pytest
 
 import prepare
+import records
 from conftest import error_of, make_stories, write_jsonl
-from lab import convert
 
 RECORDS = [{"story": r["story"] + " “Ça va, 小狗?”", "words": ", ".join(r["words"])} for r in make_stories(30)]
 STORIES = [r["story"] for r in RECORDS]
@@ -45,7 +45,7 @@ def stories_in(path, *options):
     """The stories of a file as prepare.main() reads them for its bins, in order."""
     args = prepare_args(*options)
     plain = prepare.make_plain(str(path), args, "data/x/unfinished/0.jsonl")
-    return [record["story"] for chunk in prepare.split_file(plain) for record in prepare.read_chunk(*chunk, args.field)]
+    return [record["story"] for chunk in records.split_file(plain) for record in records.read_chunk(*chunk, args.field)]
 
 
 def prepare_args(split="eot", field="story"):
@@ -54,12 +54,12 @@ def prepare_args(split="eot", field="story"):
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_same_stories_come_out_of_every_format(workplace, monkeypatch, name):
-    monkeypatch.setattr(convert, "BLOCK", 1000)  # so that objects are cut where a block ends
+    monkeypatch.setattr(records, "BLOCK", 1000)  # so that objects are cut where a block ends
     (workplace / name).write_bytes(FILES[name])
     assert stories_in(name) == STORIES
-    assert [record["story"] for record in prepare.read_records(name)] == STORIES  # as eval.py and lab.corpus read
+    assert [record["story"] for record in records.read_records(name)] == STORIES  # as eval.py and lab.corpus read
     if "text" not in name and not name.startswith(("windows", "utf16.txt", "utf16be")):
-        words = [prepare.details(record)["words"] for record in prepare.read_records(name)]
+        words = [records.details(record)["words"] for record in records.read_records(name)]
         assert words == [record["words"].split(", ") for record in RECORDS]
 
 
@@ -104,7 +104,7 @@ def test_after_a_broken_object_reading_goes_on(workplace):
         for broken in ('{"story": "cut', '{"story": }', '{story: "Hi."}', '{"story": "a" "b"}', '{"story": "a\\qb"}'):
             text = "[" + separator.join([*good[:3], broken, *good[3:]]) + "]"
             (workplace / "s.json").write_text(text)
-            read = [json.loads(line)["story"] for line in convert.convert("s.json", "eot", "story") if line[0] == "{"]
+            read = [json.loads(line)["story"] for line in records.convert("s.json", "eot", "story") if line[0] == "{"]
             assert read == STORIES[:6] or separator == ", " and broken.endswith("cut") and len(read) >= 4, (text, read)
 
 
@@ -130,9 +130,9 @@ def test_an_archive_of_ones_own_keeps_its_splits(workplace):
 
 
 def test_own_field_names_and_spans_reach_the_labels(workplace):
-    records = [{"text": r["story"], "spans": r["spans"], "bits": r["bits"]} for r in make_stories(40)]
-    (workplace / "s.json").write_text(json.dumps(records))
+    named = [{"text": r["story"], "spans": r["spans"], "bits": r["bits"]} for r in make_stories(40)]
+    (workplace / "s.json").write_text(json.dumps(named))
     prepare.main(["--dataset=x", "--input=s.json", "--field=text", "--val_fraction=0.3"])
     meta = prepare.load_meta("x")
     assert set(prepare.load_tokens("x", "val.skills")) == {0, 4} and meta["val"]["bits_per_byte"] > 0
-    assert len(list(prepare.read_records("s.json", meta["field"]))) == 40  # as eval.py reads spans
+    assert len(list(records.read_records("s.json", meta["field"]))) == 40  # as eval.py reads spans
