@@ -3,6 +3,7 @@
     python sample.py --prompt="Once upon a time"                      one story by the newest run, as it is written
     python sample.py --num_samples=8 --temperature=1                  eight at once
     python sample.py --interactive                                    type beginnings; the model continues them
+    python sample.py --serve=8000                                     answer other programs, as OpenAI's API does
     python sample.py --words="run, dog, red" --features="dialogue"    for a model trained with prepare.py --instruct
 
 A model gives a probability to every token that could come next. `pick` draws one of them, and `generate` repeats
@@ -237,15 +238,23 @@ def max_batch(model):
     return max(1, 2**31 // (2 * c.n_layer * c.n_embd * c.block_size * weight.element_size()))
 
 
-def stream_story(model, encoding, prompt, max_tokens, seed, **settings):
-    """Print one story as it is written."""
+def write_story(model, encoding, prompt, max_tokens, seed, **settings):
+    """Yield the text that each token adds to a story, as it is written."""
     ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
     decoder = getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    print(prompt, end="", flush=True)
     for token in generate(model, ids, max_tokens, [seed], encoding.eot_token, **settings):
         if token.item() != encoding.eot_token:
-            print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+            yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
+    if rest := decoder.decode(b"", final=True):  # a character that was not finished
+        yield rest
+
+
+def stream_story(model, encoding, prompt, **settings):
+    """Print one story as it is written."""
+    print(prompt, end="", flush=True)
+    for text in write_story(model, encoding, prompt, **settings):
+        print(text, end="", flush=True)
+    print()
 
 
 def is_utf8(text):
@@ -327,6 +336,8 @@ def command_line():
     parser.option("words", "", "words to use, for a model trained on instructions")
     parser.option("features", "", "features such as dialogue, for a model trained on instructions")
     parser.option("summary", "", "what happens, for a model trained on instructions")
+    parser.option("serve", 0, "answer other programs at this port of this machine, as OpenAI's API does, e.g. 8000",
+                  low=0, high=65535)
     parser.option("interactive", False, "type beginnings; the model continues them")
     parser.option("seed", 1, "of the first story; the next one has the next seed", low=0)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
@@ -369,13 +380,17 @@ def main(argv=None):
     if args.interactive and (prompt or args.num_samples > 1):
         sys.exit("--interactive asks for each beginning: leave out --prompt, --prompt_file and --num_samples")
     device, dtype = pick_device(args.device, args.dtype)
-    model, checkpoint, encoding = load_run(args.run or args.out_dir or newest_run(), device)
+    run = args.run or args.out_dir or newest_run()
+    model, checkpoint, encoding = load_run(run, device)
     model = model.to(dtype)
     instructions = read_instructions(args, checkpoint)
     settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "max_tokens")}
     if args.num_samples == 1 and device.type == "cpu" and dtype == torch.float32:
         speed_up_single_rows(model)
-    if args.interactive:
+    if args.serve:
+        from lab.serve import serve  # only here: it imports this file
+        serve(args.serve, run, model, encoding, instructions, {**settings, "seed": args.seed})
+    elif args.interactive:
         chat(model, encoding, instructions, {**settings, "seed": args.seed}, parser)
     elif args.num_samples == 1:
         stream_story(model, encoding, instructions + prompt, seed=args.seed, **settings)

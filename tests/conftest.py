@@ -80,8 +80,8 @@ def error_of(main, options, capsys):
 
 
 def start_heeding_ctrl_c(command, **more):
-    """A process to which a test will send SIGINT. If the tests run in the background of a shell, that may have told them
-    to ignore it, and children inherit that."""
+    """A process to which a test will send SIGINT. A shell may have told tests in its background to ignore it, which
+    children inherit."""
     def heed():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     more = {"preexec_fn": None if os.name == "nt" else heed, **more}

@@ -126,7 +126,7 @@ def test_text_streams_on_after_bytes_that_are_no_text(capsys):
         def decode_single_token_bytes(self, token):
             shown.append(capsys.readouterr().out)
             return [b"\xe2\x9c", b"a", b"\xc3", b"\xa9", b"b"][len(shown) - 1]
-    sample.stream_story(make_model(), Encoding(), "", 5, seed=1)
+    sample.stream_story(make_model(), Encoding(), "", max_tokens=5, seed=1)
     assert "".join(shown) + capsys.readouterr().out == "�aéb\n" and "".join(shown[:4]).endswith("a")
 
 
