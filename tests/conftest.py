@@ -3,8 +3,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +13,10 @@ from eval import Subject, split_stories
 from prepare import load_meta, load_tokenizer
 from prepare import main as prepare
 
+# A shell can have told tests in its background to ignore these, and what they start would ignore them too.
+for number in {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler)
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))  # 1, if another program keeps a core busy
 torch.set_num_threads(THREADS)
 
@@ -77,15 +79,6 @@ def error_of(main, options, capsys):
     line = capsys.readouterr().err.strip() if end.value.code == 2 else end.value.code
     assert line and "\n" not in line, line
     return line
-
-
-def start_heeding_ctrl_c(command, **more):
-    """A process to which a test will send SIGINT. A shell may have told tests in its background to ignore it, which
-    children inherit."""
-    def heed():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    more = {"preexec_fn": None if os.name == "nt" else heed, **more}
-    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, **more)
 
 
 @pytest.fixture

@@ -158,9 +158,7 @@ def test_ctrl_c_lets_the_stage_save_and_ends_the_whole_script(tmp_path):
         "lesson.run_main(lambda: [lesson.run('stage.py', name) for name in ('first', 'second')])\n"
         .replace("'stage.py'", repr(str(tmp_path / "stage.py"))))
     process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               # a shell that started the tests in the background has made them ignore Ctrl-C
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.stdout.readline() != "started\n":
         assert process.poll() is None
     time.sleep(0.2)

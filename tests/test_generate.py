@@ -20,7 +20,6 @@ import pytest
 
 import ask
 import generate
-from conftest import start_heeding_ctrl_c
 
 SCRIPT = pathlib.Path(generate.__file__)
 KEY = "sk-a-key-that-must-not-be-seen"
@@ -802,7 +801,8 @@ def test_two_runs_on_one_corpus_are_refused():
 
 
 def start(server, *options, **more):
-    return start_heeding_ctrl_c([str(SCRIPT), *command(server, *options)], stdout=subprocess.PIPE, **more)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *command(server, *options)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **more)
 
 
 @pytest.mark.parametrize("log", [{}, {"OPENAI_LOG": "debug"}])

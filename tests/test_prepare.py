@@ -27,7 +27,7 @@ import ask
 import generate
 import prepare
 import records
-from conftest import error_of, make_stories, start_heeding_ctrl_c, write_jsonl
+from conftest import error_of, make_stories, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -658,7 +658,8 @@ def test_a_vocabulary_that_uint16_cannot_hold_is_refused(workplace, capsys):
 def test_ctrl_c_ends_in_one_line(workplace):
     """A terminal sends Ctrl-C to the workers too."""
     write_jsonl(workplace / "data/x/s.jsonl", make_stories(20_000))
-    process = start_heeding_ctrl_c([ROOT / "prepare.py", "--dataset=x"], start_new_session=True)
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--dataset=x"], start_new_session=True,
+                               stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not os.path.exists("data/x/unfinished/train.bin"):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)

@@ -38,7 +38,7 @@ FILES = {
     "utf16.csv": table(",").encode("utf-16"), "utf16.jsonl": LINES.encode("utf-16"), "utf16.txt": TEXT.encode("utf-16"),
     "utf16be.txt": b"\xfe\xff" + TEXT.encode("utf-16-be"), "utf32.json": json.dumps(RECORDS).encode("utf-32")}
 FILES = {name: content.encode() if isinstance(content, str) else content for name, content in FILES.items()}
-FILES.update({f"{name}.gz": gzip.compress(content) for name, content in FILES.items()})
+FILES.update({f"{name}.gz": gzip.compress(content, mtime=0) for name, content in FILES.items()})
 
 
 def stories_in(path, *options):
@@ -93,7 +93,7 @@ def test_without_pyarrow_parquet_ends_in_one_line(workplace, monkeypatch, capsys
 def test_text_can_be_split_at_lines_and_blank_lines(workplace, split, separator, name):
     stories = [story.replace("\n", " " if split == "line" else "\n") for story in STORIES]
     content = ("\ufeff" + separator.join(stories) + "\n").encode()
-    (workplace / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (workplace / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
     assert stories_in(name, split) == stories
 
 
@@ -109,8 +109,8 @@ def test_after_a_broken_object_reading_goes_on(workplace):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("cut.jsonl.gz", gzip.compress(LINES.encode())[:-20]), ("bad.csv.gz", b"\x1f\x8b" + bytes(50)),
-    ("cut.txt.gz", gzip.compress(TEXT.encode())[:100]), ("utf16.txt", b"\xff\xfeH")])
+    ("cut.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-20]), ("bad.csv.gz", b"\x1f\x8b" + bytes(50)),
+    ("cut.txt.gz", gzip.compress(TEXT.encode(), mtime=0)[:100]), ("utf16.txt", b"\xff\xfeH")])
 def test_damaged_files_end_in_one_line(workplace, name, content, capsys):
     (workplace / name).write_bytes(content)
     assert f"{name} cannot be read" in error_of(prepare.main, ["--dataset=x", f"--input={name}"], capsys)

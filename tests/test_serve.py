@@ -116,8 +116,7 @@ def test_the_openai_library_and_the_command_line(run, in_prepared):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, sample.__file__, run, f"--serve={port}", "--max_tokens=20", "--device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert f"127.0.0.1:{port}/v1" in process.stdout.readline()
         client = openai.OpenAI(api_key="any", base_url=f"http://127.0.0.1:{port}/v1", timeout=20)
