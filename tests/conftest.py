@@ -5,6 +5,9 @@ import random
 import signal
 from types import SimpleNamespace
 
+# Such small models gain nothing by a second thread, and on a busy machine threads mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -17,8 +20,6 @@ from prepare import main as prepare
 for number in {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler)
-THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))  # 1, if another program keeps a core busy
-torch.set_num_threads(THREADS)
 
 
 def make_stories(n, seed=0):

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import lab.interpret
 import train
-from conftest import THREADS, make_stories, write_jsonl
+from conftest import make_stories, write_jsonl
 from eval import read_spans
 from lab.world import stories
 
@@ -67,9 +66,6 @@ def classroom(prepared_world, monkeypatch):
     monkeypatch.setattr(train, "skill_accuracy", lambda *args: {})
     monkeypatch.setattr(lab.interpret, "ABLATION_STORIES", 1)
     monkeypatch.setattr(lab.interpret, "read_spans", lambda dataset, limit, **by: read_spans(dataset, 1, **by))
-    torch.set_num_threads(1)  # on a busy machine, two threads would mostly wait for each other in such small models
-    yield
-    torch.set_num_threads(THREADS)
 
 
 @pytest.mark.parametrize("script, options, run, sections", [

@@ -36,8 +36,7 @@ TINY = ["--dataset=tiny", "--n_layer=2", "--n_embd=32", "--n_head=2", "--block_s
 def torchrun(*options, script=ROOT / "train.py"):
     """A run of two processes, a thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", script, *TINY, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
