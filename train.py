@@ -383,6 +383,8 @@ def load_initial_weights(run):
     old = load_checkpoint(run.args.init_from)
     # GPTConfig's defaults say how models were built before a field was added
     before, now = asdict(GPTConfig(**old["model_config"])), asdict(run.config)
+    if run.config.pos != "learned":  # other positions have no weights, so the context may be another
+        before["block_size"] = now["block_size"]
     different = [f"{field}={before[field]}" for field in now if before[field] != now[field]]
     if old["tokenizer"] != run.data.tokenizer:
         different.append("tokenizer")

@@ -446,6 +446,16 @@ def test_init_from_starts_a_new_run_from_old_weights(in_prepared):
         assert torch.allclose(weight, warm["model"][name], atol=1e-6), name
 
 
+def test_a_longer_context_may_follow_a_short_one_but_not_if_positions_have_weights(in_prepared):
+    for pos in ("rope", "learned"):
+        run(f"short-{pos}", "--max_steps=1", f"--pos={pos}")
+    longer = ("--max_steps=1", "--block_size=128", "--batch_tokens=512")
+    run("longer", *longer, "--init_from=out/short-rope")
+    assert load_run("out/longer")[0].config.block_size == 128
+    with pytest.raises(SystemExit, match="block_size"):
+        run("longer-learned", *longer, "--pos=learned", "--init_from=out/short-learned")
+
+
 def test_a_warm_run_goes_on_when_the_old_one_is_gone(in_prepared):
     run("cold", "--max_steps=3")
     run("warmed", "--max_steps=2", "--init_from=out/cold")
