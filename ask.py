@@ -84,7 +84,7 @@ def most_tokens(prompt, request):
 def connect(args):
     """A client for the server at --base_url or OPENAI_BASE_URL, or of OpenAI if neither is given. Many threads may use
     it at once."""
-    import openai  # here, because the words and plans above are also used where openai is not installed
+    import openai  # only here: --dry_run, and lab.world, need no openai
     server = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     if not re.match("https?://", server):
         sys.exit("--base_url and OPENAI_BASE_URL must begin with http:// or https://")
@@ -146,7 +146,7 @@ def what_to_do(answer, sent, tried):
         if not re.search(pattern, f"{answer.status} {answer.error}", re.IGNORECASE | re.DOTALL):
             continue
         if rule is OTHER_NAME:
-            rule = {name: sent.get(other) for name, other in OTHER_NAME.items() if {name, other} & sent.keys()}
+            rule = {name: sent.get(other) for name, other in OTHER_NAME.items()}
         if not isinstance(rule, dict):
             return "stop" if answer.pause > MAX_PAUSE else rule
         if rule.keys() not in tried and any(sent.get(name) != value for name, value in rule.items()):
@@ -327,16 +327,16 @@ class Asking:
         self.args, self.tokens = args, tokens
         self.queue = deque()  # the tasks that come next: new ones, rejected ones and failed ones
         self.under_way = {}  # {Future of an Answer: Task}
-        self.places = args.concurrency  # requests that may be under way
+        self.slots = args.concurrency  # requests that may be under way
         self.failed = self.rejected = self.cut_off = 0  # in a row: tasks given up, rejected answers, too long ones
         self.warned = False  # whether the user knows that a request failed
-        self.left = ""  # why a task is left for the next run
+        self.last_error = ""  # why a task is left for the next run
         self.stop = None  # the exception to end with. Once it is set, no more requests are started
 
     def start(self, pool):
-        """Start requests, as many as the places and --max_cost allow."""
+        """Start requests, as many as the slots and --max_cost allow."""
         for _ in range(len(self.queue)):
-            if self.stop or len(self.under_way) >= int(self.places):
+            if self.stop or len(self.under_way) >= int(self.slots):
                 return
             task = self.queue.popleft()
             if time.monotonic() < task.not_before:
@@ -361,19 +361,19 @@ class Asking:
         for future in wait(self.under_way, timeout, FIRST_COMPLETED).done:
             task = self.under_way.pop(future)
             try:
-                self.take(task, future.result())
+                self.handle(task, future.result())
             except Exception as exception:  # a full disk or a bug: raise it after the other answers are stored
                 self.stop = self.stop or exception
 
-    def take(self, task, answer):
+    def handle(self, task, answer):
         """Store what came of one request, and queue its task again if that helps."""
         self.tokens.update(answer.tokens)
         # what may have been paid without an answer is stored too, so that the next run knows of it
         reason = self.store(task.item, answer) if answer.tokens != NO_TOKENS or not answer.error else ""
         if answer.error:
-            return self.take_error(task, answer)
+            return self.handle_error(task, answer)
         self.failed = 0
-        self.places = min(self.args.concurrency, self.places + 0.05)  # one more after 20 answers
+        self.slots = min(self.args.concurrency, self.slots + 0.05)  # one more after 20 answers
         self.rejected = self.rejected + 1 if reason else 0
         empty = not (without_thoughts(answer.text).strip() or answer.refusal or answer.finish == "content_filter")
         self.cut_off = self.cut_off + 1 if reason and (empty or answer.finish == "length") else 0
@@ -392,10 +392,10 @@ class Asking:
         else:
             self.bar.update()
 
-    def take_error(self, task, answer):
+    def handle_error(self, task, answer):
         """Try again after a pause, unless that is useless: then the task is left for the next run."""
         if answer.lost:
-            self.places = max(1, int(self.places) - 1)
+            self.slots = max(1, int(self.slots) - 1)
         task.failures += 1
         if not answer.fatal and task.failures <= self.args.max_retries:
             pause = min(30, FIRST_PAUSE * 2 ** min(task.failures - 1, 9)) * random.uniform(0.75, 1)
@@ -405,7 +405,7 @@ class Asking:
                 self.bar.write(f"{answer.error} (trying again)", file=sys.stderr)
             self.warned = True
             return
-        self.failed, self.left = self.failed + 1, answer.error
+        self.failed, self.last_error = self.failed + 1, answer.error
         self.bar.update()
         if answer.fatal or self.failed >= max(2, self.args.concurrency):
             self.stop = self.stop or SystemExit(answer.error)
@@ -431,18 +431,18 @@ def ask_all(client, request, tasks, store, bar, args, tokens):
                 break
             asking.collect()
             if signals and not asking.stop:  # after a first Ctrl-C, only wait for the answers under way
-                asking.stop = KeyboardInterrupt("stopped by Ctrl-C")
+                asking.stop = KeyboardInterrupt("stopped")
                 signal.signal(signal.SIGINT, drop_answers)
                 if asking.under_way:
                     bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)
     pool.shutdown()
-    if asking.stop or asking.left:
-        raise asking.stop or SystemExit(asking.left)
+    if asking.stop or asking.last_error:
+        raise asking.stop or SystemExit(asking.last_error)
 
 
 def drop_answers(number, frame):
     """What a second Ctrl-C does."""
-    raise KeyboardInterrupt("stopped by Ctrl-C, without the answers under way")
+    raise KeyboardInterrupt("stopped, without the answers under way")
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -43,15 +43,15 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 HANGUP = getattr(signal, "SIGHUP", None) or signal.SIGBREAK
 
 
-def report(kind, error, traceback):
+def excepthook(kind, error, traceback):
     """In place of sys.excepthook, so that Ctrl-C while torch is imported, or a missing package, gives no traceback."""
-    if issubclass(kind, ModuleNotFoundError):
+    if issubclass(kind, ModuleNotFoundError) and error.name in ("numpy", "openai", "regex", "tiktoken", "torch", "tqdm"):
         print(f"{error}: run pip install -r requirements.txt", file=sys.stderr)
     elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = report
+sys.excepthook = excepthook
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -123,7 +123,10 @@ def parse_bool(text):
 def dataset_name(text):
     """The name of a folder under data/, however it is typed: x, x/ or data/x, also in a mix like x:0.3,data/y:0.7."""
     folder = f"(?:{re.escape(os.path.abspath('data'))}|(?:\\./)*data)/+"
-    return re.sub(f"(^|,)(?:{folder})?([^,:]+?)/*(?=[,:]|$)", r"\1\2", text.replace(os.sep, "/"))
+    name = re.sub(f"(^|,)(?:{folder})?([^,:]+?)/*(?=[,:]|$)", r"\1\2", text.replace(os.sep, "/"))
+    if "/" in name:
+        raise argparse.ArgumentTypeError(f"{text} must name a folder under data/, such as mine for data/mine")
+    return name
 
 
 def run_main(main, lower="the size of the model"):
@@ -219,7 +222,7 @@ def check_writable(folder, n_bytes=1):
             for start in range(0, n_bytes, 1 << 20):
                 file.write(bytes(min(1 << 20, n_bytes - start)))
     except OSError as error:
-        sys.exit(f"cannot write {-(-n_bytes >> 20)} MB to {folder} ({error.strerror}): change its permissions or free "
+        sys.exit(f"cannot write {math.ceil(n_bytes / 2**20)} MB to {folder} ({error.strerror}): change its permissions or free "
                  "some space, or work in another folder")
 
 

@@ -1,15 +1,15 @@
 """Turn stories into token bins: fetch, clean, make a tokenizer, encode.
 
     python prepare.py --dataset=tinystories                 download TinyStories (2.2 GB) and prepare it
-    python prepare.py --dataset=tinystories --version=all --instruct      the published stories with their instructions
+    python prepare.py --dataset=all --version=all --instruct      TinyStories with words, features and summaries
     python prepare.py --dataset=mine --input=stories.txt    prepare a file or a folder: text, JSON, CSV, parquet, gzip
 
 Writes train.bin, val.bin, tokenizer.tiktoken and meta.json to data/<dataset>. The bins are flat little-endian uint16,
 with <|endoftext|> before every story and after the last. Other stages read them with the load_ functions at the end.
 
 The text may be larger than the memory, so it is read three times, in chunks that all CPUs share: to decide which
-stories stay, to count words for the tokenizer, and to encode. Only text and JSON lines can be cut into chunks, so JSON
-lines are made of everything else first. records.py has all that is about files.
+stories stay, to count words for the tokenizer, and to encode. Only text and JSON lines can be cut into chunks, so all
+other formats are first converted to JSON lines. records.py has all that is about files.
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
 from common import CommandLine, check_writable, file_hash, ignore_ctrl_c, rename, run_main, usable_cpus

@@ -70,6 +70,8 @@ def find_sources(args, folder):
     if all(split == "test" for _, split in files):
         sys.exit(f"{paths[0]} is called test, and nothing is trained on that: rename it, or name another file with "
                  "--input")
+    if all(split in ("val", "test") for _, split in files):
+        sys.exit(f"{paths[0]} is for validation, by its name: rename it, or add a file to train on")
     for path, split in files:
         if split == "test":
             print(f"{path} is left out: what is called test is not trained on", file=sys.stderr)
@@ -79,14 +81,12 @@ def find_sources(args, folder):
 
 
 def source_paths(args, folder):
-    """The paths that the options name: one file or pipe, or a folder's stories.jsonl, else all its files of stories."""
+    """The paths that the options name: one file or pipe, or all files of stories in a folder."""
     source = "/dev/stdin" if args.input == "-" else args.input or folder
     if args.version:
         names = (ARCHIVE,) if args.version == "all" else VERSIONS[args.version]
     elif os.path.isdir(source):
         names = sorted(name for name in os.listdir(source) if file_format(name))
-        if "stories.jsonl" in names:  # by generate.py, which puts rejected answers into another .jsonl
-            names = ["stories.jsonl"]
         problem = "has no .txt or .jsonl file, nor .json, .csv or .parquet"
     else:
         names = [""] if os.path.exists(source) else []
@@ -194,7 +194,8 @@ def detect_format(name, head, field):
     if beginning[:14].lower().startswith(("<!doctype html", "<html", "<?xml")):
         sys.exit(f"{name} is a page of HTML and no file of stories: delete it, and get the file itself")
     kind = file_format(os.path.basename(name))
-    if beginning.startswith("[") and kind == "lines" or beginning.startswith(("[", "{")) and not kind:
+    if beginning.startswith("[") and kind == "lines" or beginning.startswith(("[", "{")) and not kind \
+            or beginning.startswith('{"') and kind == "text":
         return "json"
     columns = re.split("[,;\t]", beginning.partition("\n")[0].replace('"', "").strip())
     if not kind and field in columns and len(columns) > 1:
@@ -298,20 +299,29 @@ def read_records(path, field="story"):
 # line that is no record, to be counted and shown
 
 
+class Broken(str):
+    """The beginning of a JSON object that cannot be read."""
+
+
 def convert(path, split_at, field):
     """Yield a line of JSON for each story of a file, with what is known of it. Text is split at `split_at`: "eot",
     "line" or "blank"."""
     try:
         with open(path, "rb") as stream:
             for record in read_any(stream, path, split_at, field):
-                yield record if isinstance(record, str) else json.dumps(compact(record, field), default=str)
+                if isinstance(record, Broken):
+                    yield ascii(record)  # in single quotes, so that it is no JSON
+                    continue
+                if isinstance(record, str):  # an array of texts
+                    record = {field: record}
+                yield json.dumps(compact(record, field), default=str)
     except (OSError, EOFError, ValueError, csv.Error, tarfile.TarError, zlib.error) as error:
         sys.exit(f"{path} cannot be read, it may be cut off or damaged ({error}): delete it, and get it again")
 
 
 def read_any(stream, name, split_at, field):
-    """Yield the records in an open file, whose format its first bytes and its name tell, or text in place of a broken
-    one."""
+    """Yield the records in an open file, whose format its first bytes and its name tell; texts, if it is an array of
+    texts; and in place of a broken one, a Broken."""
     head = stream.peek(512)
     kind = detect_format(name, head, field)
     if kind == "gzip":
@@ -389,6 +399,7 @@ def read_json(text, split_at):
             yield value
             continue
         except json.JSONDecodeError as error:
+            # a string, or a word such as true, may be cut where the buffer ends
             unfinished = error.msg.startswith("Unterminated") or error.pos > len(buffer) - 10
         except RecursionError:
             unfinished = False
@@ -400,7 +411,7 @@ def read_json(text, split_at):
         else:
             following = re.compile(r"[\n}][\s,]*(?=\{)").search(buffer, start + 1)
             end = following.end() if following else len(buffer)
-            yield ascii(buffer[start:end][:200])  # in single quotes, so that it is no JSON
+            yield Broken(buffer[start:end][:200])
             start = end
 
 
@@ -422,10 +433,9 @@ def details(record):
     """{"features": [text], "words": [text], "summary": text} of a record, empty where it has none.
 
     The published records have the first two in "instruction". Names may be written in any case."""
-    fields = {str(name).strip(": ").lower(): value for name, value in record.items() if value}
-    inner = fields.pop("instruction", None)
-    if isinstance(inner, dict):
-        fields = {**{str(name).strip(": ").lower(): value for name, value in inner.items()}, **fields}
+    inner = record.get("instruction")
+    items = [*(inner.items() if isinstance(inner, dict) else ()), *record.items()]
+    fields = {str(name).strip(": ").lower(): value for name, value in items if value}
     # in the published records, BadEnding and Twist are what generate.py calls "bad ending" and "plot twist"
     features = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", feature).lower() for feature in as_list(fields.get("features"))]
     summary = fields.get("summary")
@@ -438,7 +448,9 @@ def as_list(value):
     """Words, or features, as a list of texts, from a list or from text such as "jump, dog"."""
     if isinstance(value, str):
         value = re.split("[,;]", value.strip("[]"))
-    return [clean_text(str(item)).strip(" '\"") for item in value or () if item] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    return [clean_text(str(item)).strip(" '\"") for item in value if item]
 
 
 def clean_text(text):
@@ -453,8 +465,8 @@ CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte 
 TO_LATIN1 = str.maketrans(CP1252, "".join(map(chr, range(0x80, 0x100))))
 TAIL = f"[{CP1252[:64]}\x80-\x9f]"  # any byte of a character but its first, which tells how many there are
 MISREAD = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|ð[Ÿ\x9f]{TAIL}{TAIL}|â€(?!{TAIL}|Â)\ufffd?")
-# Right text has such sequences too, as in „So ein Spaß“: letters, and what often follows letters. So a sequence is only
-# undone in a context in which no right text has it.
+# â€™ is always an error, but ÃŸ“ could be right, as ß“ is in „So ein Spaß“. So what is surely wrong in its context is
+# undone, and if all of a line, or of a story, consists of such sequences, the others in it are undone too.
 AFTER = "\xa0«»“”„‘’‚‹›…–—•™®¹²³°ºªŠšŒœŽž"  # what often follows a letter
 CAPITALS = "[A-ZÀ-ÖØ-Þ][A-ZÀ-ÖØ-Þ]"
 OTHER = "È[˜™š›\x98-\x9b]|É[™\x99]"  # ș, ț and ə
@@ -473,19 +485,14 @@ QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
 
 
 def clean_story(record):
-    """The story of a record, repaired and without white space around it. If spans point into it, it stays as it is."""
-    return record["story"] if record.get("spans") else repair(record).strip()
-
-
-def repair(record):
-    """The story of a record, with mojibake undone where that is beyond doubt, also if it happened twice. If spans point
-    into the story, it stays as it is."""
+    """The story of a record without white space around it, and with mojibake undone where that is beyond doubt, also if
+    it happened twice. If spans point into the story, it stays as it is."""
     story, before = record["story"], None
     if record.get("spans"):
         return story
     while story != before and not story.isascii():
         story, before = undo_misreading(story), story
-    return story.removeprefix("\ufeff")  # a byte-order mark that was misread too
+    return story.removeprefix("\ufeff").strip()  # a byte-order mark that was misread too
 
 
 def undo_misreading(story):

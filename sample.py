@@ -377,8 +377,9 @@ def main(argv=None):
     parser = command_line()
     args = parser.parse_args(argv)
     prompt = read_prompt(args)
-    if args.interactive and (prompt or args.num_samples > 1):
-        sys.exit("--interactive asks for each beginning: leave out --prompt, --prompt_file and --num_samples")
+    if (args.interactive or args.serve) and (prompt or args.num_samples > 1 or args.interactive and args.serve):
+        sys.exit("--interactive and --serve ask for each beginning: leave out --prompt, --prompt_file, --num_samples and "
+                 "the other of the two")
     device, dtype = pick_device(args.device, args.dtype)
     run = args.run or args.out_dir or newest_run()
     model, checkpoint, encoding = load_run(run, device)

@@ -38,8 +38,8 @@ KNOWN = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "pos", "smea
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# the weights in 8 or 16 bits. 8 bits cost 0.0001 bits per byte and halve the page, but the likeliest token is now and
-# then another. In 16 bits, a story at temperature 0 is that of sample.py.
+# the weights in 8 or 16 bits. 8 bits cost 0.0001 bits per byte and halve the page, but sometimes change the likeliest
+# token. In 16 bits, a story at temperature 0 is that of sample.py.
 
 
 def round_rows(weight, bits):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-# what models call their context, and what versions of transformers call the cache
+# names of the context length in a model's config, and of the cache in forward()
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
             "context_length", "n_ctx")
 CACHES = ("cache", "past_key_values")

@@ -7,13 +7,12 @@ well, its attention is half as large.
 import contextlib
 import json
 import os
-import shutil
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from common import rename
+from common import atomic_write, rename
 from model import norm
 from prepare import BYTES
 from records import EOT
@@ -107,7 +106,7 @@ def qwen3_logits(config, weights, ids):
     return rms_norm(x, "model.norm") @ weights["lm_head.weight"].T
 
 
-def export(run):
+def load_as_qwen3(run):
     """(config, weights, ranks of the tokenizer) of a run as Qwen3. Exits if Qwen3 cannot compute what the run does."""
     model, _, encoding = load_run(run)
     options = [f"--{name}={value}" for name, value in PLAIN.items() if getattr(model.config, name) != value]
@@ -127,7 +126,7 @@ def export(run):
 # the tokenizer: byte-level BPE, as in GPT-2. Files that hold text spell each byte as one visible character
 
 
-def spell(token):
+def bytes_to_unicode(token):
     """The characters that stand for a token's bytes: printable ones for themselves, others for U+0100 and beyond."""
     hidden = BYTES[188:]  # the printable ones come first
     return "".join(chr(256 + hidden.index(b)) if b in hidden else chr(b) for b in token)
@@ -140,7 +139,7 @@ def merges(ranks):
     pairs = []
     for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
         halves = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs += [(spell(a), spell(b)) for a, b in halves if a in ranks and b in ranks]
+        pairs += [(bytes_to_unicode(a), bytes_to_unicode(b)) for a, b in halves if a in ranks and b in ranks]
     return pairs
 
 
@@ -159,7 +158,7 @@ def tokenizer_json(ranks):
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                       "ignore_merges": True,  # a word that is a token is that token, as in tiktoken
-                      "vocab": {**{spell(token): rank for token, rank in ranks.items()}, EOT: eot},
+                      "vocab": {**{bytes_to_unicode(token): rank for token, rank in ranks.items()}, EOT: eot},
                       "merges": merges(ranks)}}
 
 
@@ -169,17 +168,20 @@ def tokenizer_json(ranks):
 
 def write_hf(run, folder):
     """Write the folder of a model that transformers loads: its config, weights and tokenizer."""
-    config, weights, ranks = export(run)
-    files = {"config.json": config, "tokenizer.json": tokenizer_json(ranks),
-             "generation_config.json": {"bos_token_id": len(ranks), "eos_token_id": len(ranks)},
+    config, weights, ranks = load_as_qwen3(run)
+    files = {"tokenizer.json": tokenizer_json(ranks),
              "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT,
-                                       "model_max_length": config["max_position_embeddings"]}}
-    with unfinished(folder) as temporary:
-        os.mkdir(temporary)
-        for name, content in files.items():
-            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
-        write_safetensors(weights, os.path.join(temporary, "model.safetensors"))
+                                       "model_max_length": config["max_position_embeddings"]},
+             "generation_config.json": {"bos_token_id": len(ranks), "eos_token_id": len(ranks)},
+             "config.json": config}
+    os.makedirs(folder, exist_ok=True)
+    # Every reader starts from config.json. It is removed first and put back last, so that it describes a whole model.
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, "config.json"))
+    write_safetensors(weights, os.path.join(folder, "model.safetensors"))
+    for name, content in files.items():
+        with atomic_write(os.path.join(folder, name)) as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
 
 
 def write_safetensors(weights, path):
@@ -190,7 +192,7 @@ def write_safetensors(weights, path):
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    with open(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in weights.values():
             file.write(tensor.numpy().astype("<f4").tobytes())
@@ -202,21 +204,22 @@ def write_gguf(run, path, bits):
         import gguf
     except ImportError:
         sys.exit("a GGUF file needs another package: pip install gguf")
-    config, weights, ranks = export(run)
+    config, weights, ranks = load_as_qwen3(run)
     if bits == 8 and config["hidden_size"] % 32:
         sys.exit(f"--bits=8 needs a width that 32 divides, not {config['hidden_size']}: leave --bits out")
-    with unfinished(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, "qwen3")
-        add_metadata(writer, gguf, config, ranks, os.path.basename(path))
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
-        for name, tensor in weights.items():
-            kind = gguf.GGMLQuantizationType[GGUF_TYPES[bits] if tensor.ndim == 2 else "F32"]
-            writer.add_tensor(names.get_name(name, (".weight",)),
-                              gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    temporary = path + ".tmp"
+    writer = gguf.GGUFWriter(temporary, "qwen3")
+    add_metadata(writer, gguf, config, ranks, os.path.basename(path))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
+    for name, tensor in weights.items():
+        kind = gguf.GGMLQuantizationType[GGUF_TYPES[bits] if tensor.ndim == 2 else "F32"]
+        writer.add_tensor(names.get_name(name, (".weight",)),
+                          gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    rename(temporary, path)
 
 
 def add_metadata(writer, gguf, config, ranks, name):
@@ -234,30 +237,9 @@ def add_metadata(writer, gguf, config, ranks, name):
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([spell(token) for token in sorted(ranks, key=ranks.get)] + [EOT])
+    writer.add_token_list([bytes_to_unicode(token) for token in sorted(ranks, key=ranks.get)] + [EOT])
     writer.add_token_types([gguf.TokenType.NORMAL] * len(ranks) + [gguf.TokenType.CONTROL])
     writer.add_token_merges([" ".join(pair) for pair in merges(ranks)])
     writer.add_bos_token_id(len(ranks))
     writer.add_eos_token_id(len(ranks))
     writer.add_add_bos_token(True)
-
-
-@contextlib.contextmanager
-def unfinished(path):
-    """A temporary name for a file or folder, which takes the place of `path` once all of it is written."""
-    temporary = path + ".tmp"
-    remove(temporary)  # of an export that was killed
-    try:
-        yield temporary
-        remove(path)
-        rename(temporary, path)
-    finally:
-        remove(temporary)
-
-
-def remove(path):
-    """Delete a file or a folder, if it is there."""
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)

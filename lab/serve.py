@@ -8,6 +8,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+from ask import text_of
 from sample import without_last_space, write_story
 
 LONGEST = 1 << 16  # bytes of a request
@@ -17,18 +18,19 @@ RANGES = {"max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.01, 1), 
 def read_request(request, is_chat):
     """(prompt, settings) of a request, a dict of parameters. Raises ValueError if something in it cannot be done."""
     messages = request.get("messages") if is_chat else [{"content": request.get("prompt")}]
-    prompt = messages[-1].get("content") if isinstance(messages, list) and messages else None
-    if not isinstance(prompt, str):
+    content = messages[-1].get("content") if isinstance(messages, list) and messages else None
+    prompt = text_of(content)  # it may be a list of parts
+    if content is None or not isinstance(prompt, str):
         raise ValueError("the last message, or the prompt, must be one text")
-    if request.get("n", 1) != 1 or request.get("stop"):
+    if (request.get("n") or 1) != 1 or request.get("stop"):
         raise ValueError("one story is written at a time, and to its end: leave out n and stop")
     settings = {name: request[name] for name in RANGES if request.get(name) is not None}
     if request.get("max_completion_tokens") is not None:
         settings["max_tokens"] = request["max_completion_tokens"]
     for name, value in settings.items():
         low, high = RANGES[name]
-        is_number = isinstance(value, (int, float) if name in ("temperature", "top_p") else int)
-        if not is_number or not low <= value <= high:
+        types = (int, float) if name in ("temperature", "top_p") else (int,)
+        if type(value) not in types or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high}")
     return prompt, settings
 
@@ -52,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
         server, settings = self.server, {**self.server.settings, **settings}
         prompt = without_last_space(prompt if "Story:" in prompt else server.instructions + prompt)
+        server.settings["seed"] += 1  # of the next request that names none; else it would get the same story
         pieces = write_story(server.story_model, server.encoding, prompt, **settings)
         text, n_tokens = "", 0
         if request.get("stream"):
@@ -105,7 +108,7 @@ def serve(port, run, model, encoding, instructions, settings):
     try:
         server = Server(("127.0.0.1", port), Handler)
     except OSError as error:
-        sys.exit(f"port {port} cannot be used ({error.strerror}): choose another, such as --serve={port % 60000 + 1001}")
+        sys.exit(f"port {port} cannot be used ({error.strerror}): choose another port")
     server.run, server.story_model, server.encoding = run, model, encoding
     server.instructions, server.settings = instructions, settings
     print(f"{run} answers at http://127.0.0.1:{server.server_port}/v1 (--base_url of generate.py); Ctrl-C ends")

@@ -1,4 +1,5 @@
 """common.py: the command line, files that are never half written, devices, and runs on disk."""
+import argparse
 import ast
 import errno
 import json
@@ -58,9 +59,15 @@ def test_what_is_infinite_by_default_may_be_so():
 
 @pytest.mark.parametrize("typed, expected", [
     ("x", "x"), ("x/", "x"), ("data/x", "x"), ("./data/x//", "x"), (os.path.abspath("data/x"), "x"), ("", ""),
-    ("data/x:0.3,y/:0.7", "x:0.3,y:0.7"), ("metadata/x", "metadata/x"), ("/data/x", "/data/x"), ("data", "data")])
+    ("data/x:0.3,y/:0.7", "x:0.3,y:0.7"), ("data", "data")])
 def test_a_dataset_is_named_as_its_folder_is(typed, expected):
     assert parse(f"--dataset={typed}").dataset == expected
+
+
+@pytest.mark.parametrize("typed", ["metadata/x", "/data/x", "data/x:0.5,../y:0.5"])
+def test_another_folder_is_no_dataset(typed):
+    with pytest.raises(argparse.ArgumentTypeError, match="under data/"):
+        common.dataset_name(typed)
 
 
 def test_help_shows_every_default(capsys):
@@ -204,7 +211,8 @@ def test_a_signal_ends_a_script_in_order_and_shows(number):
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 @pytest.mark.parametrize("line, expected", [
     ("signal.signal(2, signal.default_int_handler); signal.raise_signal(2)", ""),
-    ("import no_such_package", "pip install -r requirements.txt"), ("1 / 0", "Traceback")])
+    ("sys.modules['torch'] = None; import torch", "pip install -r requirements.txt"),
+    ("import no_such_module_of_a_fork", "Traceback"), ("1 / 0", "Traceback")])
 def test_what_happens_during_the_imports(line, expected):
     """Each stage imports common first, and then packages that take seconds."""
     end = run_script(line)

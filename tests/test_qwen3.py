@@ -12,7 +12,7 @@ import eval
 import model
 from conftest import error_of
 from lab.export import main
-from lab.qwen3 import GGUF_TYPES, export, merges, qwen3_logits, tokenizer_json, write_gguf, write_hf
+from lab.qwen3 import GGUF_TYPES, load_as_qwen3, merges, qwen3_logits, tokenizer_json, write_gguf, write_hf
 from prepare import load_ranks, load_tokenizer, load_tokens, make_encoding
 from sample import load_run, write_stories
 
@@ -55,7 +55,7 @@ def texts():
 
 
 def test_logits_are_those_of_the_run(plain):
-    config, weights, _ = export(plain)
+    config, weights, _ = load_as_qwen3(plain)
     ids = torch.from_numpy(load_tokens("tiny", "val")[:64].astype(np.int64))
     with torch.inference_mode():
         expected = load_run(plain)[0](ids[None])[0]
@@ -123,7 +123,7 @@ def test_a_gguf_file_holds_the_same_weights_and_tokens(plain, bits, error, tmp_p
     gguf = pytest.importorskip("gguf")
     write_gguf(plain, str(tmp_path / "a.gguf"), bits)
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
-    config, weights, ranks = export(plain)
+    config, weights, ranks = load_as_qwen3(plain)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert len(tensors) == len(weights)
     for ours, theirs in {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
@@ -174,18 +174,17 @@ def test_a_changed_model_is_not_exported_as_if_it_were_the_old_one(plain, monkey
     assert not os.path.exists("out/changed-hf")
 
 
-def test_a_folder_is_replaced_only_by_a_whole_one(plain, monkeypatch, tmp_path):
-    folder = tmp_path / "new"
-    write_hf(plain, str(folder))
-    before = sorted(folder.iterdir())
+def test_a_folder_without_config_json_is_not_whole(plain, monkeypatch, tmp_path):
+    write_hf(plain, str(tmp_path))
+    (tmp_path / "README.md").write_text("mine")
+    before = sorted(tmp_path.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr("lab.qwen3.write_safetensors", lambda weights, path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write_hf(plain, str(folder))
-    assert sorted(folder.iterdir()) == before and list(tmp_path.iterdir()) == [folder]
-    (folder / "config.json").unlink()
-    write_hf(plain, str(folder))
-    assert sorted(folder.iterdir()) == before
+            write_hf(plain, str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == [path for path in before if path.name != "config.json"]
+    write_hf(plain, str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("options", [["--to=hf", "--bits=8"], ["--bits=32"], ["--to=gguf", "--bits=4"]])

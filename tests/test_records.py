@@ -129,6 +129,25 @@ def test_an_archive_of_ones_own_keeps_its_splits(workplace):
         assert (meta["train"]["stories"], meta["val"]["stories"]) == (10, 10)
 
 
+def test_an_array_of_texts_and_json_lines_in_a_text_file(workplace):
+    (workplace / "texts.json").write_text(json.dumps(["One.\nTwo.", "“Drei, café.”"]))
+    assert stories_in("texts.json") == ["One.\nTwo.", "“Drei, café.”"]
+    (workplace / "lines.txt").write_text(LINES)
+    assert stories_in("lines.txt") == STORIES
+
+
+def test_a_folder_of_stories_and_others_for_validation(workplace):
+    write_jsonl(workplace / "own/stories.jsonl", make_stories(30))
+    write_jsonl(workplace / "own/val.jsonl", make_stories(20, seed=9))
+    prepare.main(["--dataset=x", "--input=own", "--val_fraction=0"])
+    assert [prepare.load_meta("x")[split]["stories"] for split in ("train", "val")] == [30, 20]
+
+
+def test_a_file_for_validation_alone_is_no_corpus(workplace, capsys):
+    write_jsonl(workplace / "valid.jsonl", make_stories(30))
+    assert "rename it" in error_of(prepare.main, ["--dataset=x", "--input=valid.jsonl"], capsys)
+
+
 def test_own_field_names_and_spans_reach_the_labels(workplace):
     named = [{"text": r["story"], "spans": r["spans"], "bits": r["bits"]} for r in make_stories(40)]
     (workplace / "s.json").write_text(json.dumps(named))

@@ -30,7 +30,7 @@ def port(run, in_prepared, monkeypatch):
             super().serve_forever(0.02)
     monkeypatch.setattr(serve, "Server", Recorded)
     started = threading.Event()
-    thread = threading.Thread(target=serve.serve, args=(0, "out/a", model, encoding, "", SETTINGS))
+    thread = threading.Thread(target=serve.serve, args=(0, "out/a", model, encoding, "", dict(SETTINGS)))
     thread.start()
     started.wait(10)
     yield servers[0].server_port
@@ -55,7 +55,8 @@ def expected(run, **changed):
     return encoding.decode(ids).removeprefix(PROMPT)
 
 
-@pytest.mark.parametrize("changed", [{}, {"temperature": 0, "max_tokens": 12}, {"seed": 7, "top_p": 0.5}])
+@pytest.mark.parametrize("changed", [
+    {"seed": 1}, {"seed": 1, "temperature": 0, "max_tokens": 12}, {"seed": 7, "top_p": 0.5}])
 def test_both_interfaces_and_streams_give_the_story_of_sample_py(run, port, changed):
     text = expected(run, **changed)
     status, reply = post(port, {"messages": [{"role": "system", "content": "Hi"}, {"role": "user", "content": PROMPT}],
@@ -71,6 +72,12 @@ def test_both_interfaces_and_streams_give_the_story_of_sample_py(run, port, chan
     assert done == "[DONE]" and "".join(pieces) == text and len(pieces) > 10
 
 
+def test_a_prompt_may_be_a_list_of_parts_and_each_request_gets_another_story(port):
+    request = {"messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}], "n": None}
+    first, second = (post(port, request)[1]["choices"][0]["message"]["content"] for _ in range(2))
+    assert first != second and post(port, {**request, "seed": 1})[1]["choices"][0]["message"]["content"] == first
+
+
 def test_a_finished_story_ends_with_stop(port, monkeypatch):
     monkeypatch.setattr(serve, "write_story", lambda *args, **settings: iter([" slept", "."]))
     _, reply = post(port, {"messages": [{"role": "user", "content": PROMPT}]})
@@ -83,7 +90,8 @@ def test_a_finished_story_ends_with_stop(port, monkeypatch):
     ({"prompt": "a", "max_tokens": 10**9}, "/v1/completions"), ({"prompt": "a", "temperature": -1}, "/v1/completions"),
     ({"prompt": "a", "temperature": float("nan")}, "/v1/completions"), ({"prompt": "a", "n": 2}, "/v1/completions"),
     ({"prompt": "a" * 70_000}, "/v1/completions"), ({"prompt": "a"}, "/etc/passwd"), ("[" * 60_000, "/v1/completions"),
-    ({"prompt": "a", "seed": True}, "/v1/completions/../../etc")])
+    ({"prompt": "a"}, "/v1/completions/../../etc"),
+    ({"prompt": "a", "seed": True}, "/v1/completions")])
 def test_a_request_that_cannot_be_answered_is_refused_and_the_next_is_answered(port, request_, path):
     status, reply = post(port, request_, path)
     assert status == 400 and reply["error"]["message"]
