@@ -14,7 +14,7 @@ import pytest
 import lab.interpret
 import train
 from conftest import make_stories, write_jsonl
-from eval import read_spans
+from eval import probe_from_span, read_spans
 from lab.world import stories
 
 COURSE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "course")
@@ -90,6 +90,16 @@ def test_one_step_of_a_lesson_trains_and_grades_its_models(classroom, script, op
         results.update(json.loads(path.read_text(encoding="utf-8")))
     assert results["model"]["step"] == 1
     assert set(sections) <= set(results)
+
+
+def test_part_2_of_lesson_7_looks_for_exclusion(classroom, monkeypatch, capsys):
+    lesson_7 = importlib.import_module("07_exclusion")
+    probes = [probe_from_span(record["story"], span, "") for record in stories(60) for span in record["spans"]]
+    exclusions = [probe for probe in probes if probe["kind"] == "exclusion"]
+    monkeypatch.setattr(lesson_7, "read_spans", lambda *args, **by: exclusions[:4] + probes[:4])
+    lesson_7.main(["--seeds=1", "--max_steps=1"])
+    table = capsys.readouterr().out
+    assert "exclusion" in table and "without 10 random ones" in table and "right word leads" in table
 
 
 def test_lesson_10_compares_corpora_with_and_without_random_words(classroom, monkeypatch, capsys):
