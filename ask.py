@@ -213,10 +213,12 @@ def read_answer(body, sent, prompt):
         reply = merge_chunks(body) if streamed else json.loads(body)
         if isinstance(reply, list):  # how some servers wrap an error
             reply = reply[0]
-        usage, choice = reply.get("usage") or {}, (reply.get("choices") or [{}])[0]
+        usage, choice = reply.get("usage"), (reply.get("choices") or [{}])[0]
+        counts = usage.items() if isinstance(usage, dict) else ()
+        usage = {name: int(count) for name, count in counts if str(count).isdigit()}
         problem, message = reply.get("error") or choice.get("error"), choice.get("message")
         finish = str(choice.get("finish_reason") or "").lower()
-        tokens = {"tokens_in": usage.get("prompt_tokens") or 0, "tokens_out": usage.get("completion_tokens") or 0}
+        tokens = {"tokens_in": usage.get("prompt_tokens", 0), "tokens_out": usage.get("completion_tokens", 0)}
         if problem or message is None or finish == "error":
             problem = problem or reply
             code = str(problem.get("code")) if isinstance(problem, dict) else ""
@@ -225,7 +227,7 @@ def read_answer(body, sent, prompt):
         text = text_of(message.get("content"))
         tokens["tokens_in"] = tokens["tokens_in"] or len(prompt) // 4
         # some servers count the thoughts in the total alone
-        thought = (usage.get("total_tokens") or 0) - tokens["tokens_in"]
+        thought = usage.get("total_tokens", 0) - tokens["tokens_in"]
         tokens["tokens_out"] = max(tokens["tokens_out"] or len(text) // 4, thought)
         limit = sent.get("max_tokens") or sent.get("max_completion_tokens") or math.inf
         if finish in ("max_tokens", "model_length") or not text and tokens["tokens_out"] >= limit:
@@ -258,7 +260,7 @@ def text_of(content):
         return "".join(map(text_of, content))
     if isinstance(content, dict):
         return text_of(content.get("text")) if content.get("type") in (None, "text", "output_text") else ""
-    return (content or "").encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written
+    return re.sub("[\ud800-\udfff]", "\ufffd", content or "")  # half a surrogate pair cannot be written
 
 
 def in_words(problem):
@@ -380,7 +382,10 @@ class Asking:
         if self.cut_off == MAX_CUT_OFF:
             text = f"the last {MAX_CUT_OFF} answers were cut off, this one after {answer.tokens['tokens_out']:,} tokens"
             advice = f"raise --{self.args.limit_name}={self.args.limit}"
-            if empty:
+            if empty and answer.finish in ("tool_calls", "function_call"):
+                text = f"the last {MAX_CUT_OFF} answers had no text, and ended with {answer.finish}"
+                advice = "try another --model"
+            elif empty:
                 text += " of thinking and without any text"
                 advice += """, or have it think less, for instance with --extra='{"reasoning_effort": "low"}'"""
             self.stop = self.stop or SystemExit(f"{text}: {advice}")

@@ -45,7 +45,8 @@ HANGUP = getattr(signal, "SIGHUP", None) or signal.SIGBREAK
 
 def excepthook(kind, error, traceback):
     """In place of sys.excepthook, so that Ctrl-C while torch is imported, or a missing package, gives no traceback."""
-    if issubclass(kind, ModuleNotFoundError) and error.name in ("numpy", "openai", "regex", "tiktoken", "torch", "tqdm"):
+    required = ("numpy", "openai", "regex", "tiktoken", "torch", "tqdm")
+    if issubclass(kind, ModuleNotFoundError) and error.name in required:
         print(f"{error}: run pip install -r requirements.txt", file=sys.stderr)
     elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
@@ -124,7 +125,7 @@ def dataset_name(text):
     """The name of a folder under data/, however it is typed: x, x/ or data/x, also in a mix like x:0.3,data/y:0.7."""
     folder = f"(?:{re.escape(os.path.abspath('data'))}|(?:\\./)*data)/+"
     name = re.sub(f"(^|,)(?:{folder})?([^,:]+?)/*(?=[,:]|$)", r"\1\2", text.replace(os.sep, "/"))
-    if "/" in name:
+    if "/" in name or name in (".", ".."):
         raise argparse.ArgumentTypeError(f"{text} must name a folder under data/, such as mine for data/mine")
     return name
 
@@ -166,7 +167,7 @@ def explain(error, lower):
     """One line about an exception that a user or the machine causes, or "" for any other. `lower` takes less memory."""
     if is_out_of_memory(error):
         return f"out of memory: close other programs, or lower {lower}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk is full, or your quota is used up: free some space, then run the same command again"
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot use {error.filename} ({error.strerror}): change that, or name another file or folder"
@@ -222,8 +223,8 @@ def check_writable(folder, n_bytes=1):
             for start in range(0, n_bytes, 1 << 20):
                 file.write(bytes(min(1 << 20, n_bytes - start)))
     except OSError as error:
-        sys.exit(f"cannot write {math.ceil(n_bytes / 2**20)} MB to {folder} ({error.strerror}): change its permissions or free "
-                 "some space, or work in another folder")
+        sys.exit(f"cannot write {math.ceil(n_bytes / 2**20)} MB to {folder} ({error.strerror}): change its permissions "
+                 "or free some space, or work in another folder")
 
 
 def lock(path):

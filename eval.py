@@ -456,6 +456,8 @@ def load_hf_subject(name, device, dataset, tokenizer):
     """The subject of hf:NAME, which transformers loads. Its files go to out/hf-NAME."""
     if not dataset:
         sys.exit(f"{name} has no stories of its own: name a prepared dataset, such as --dataset=tinystories")
+    if os.path.exists(os.path.join(name[3:], "ckpt.pt")):
+        sys.exit(f"{name[3:]} is a run of train.py: leave hf: out")
     from lab.huggingface import load  # only here: it needs transformers
     folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
     prefix = os.path.join(folder, "")

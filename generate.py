@@ -150,7 +150,15 @@ GREETING = rf"(?:(?:{YES}|yes|great|hello|hi|alright|all right|as requested)\b\W
 FOR_YOU = r"(?:for you|your|you (?:asked|gave|wanted|requested)|requested|year-old|simple words)"
 BEFORE_STORY = [
     r"(?:#.*|```\w*|\*\*[^*\n]*\*\*:?|title:.*)[ \t]*(?:\n|\Z)",
-    rf"{YES}[.!]+\s+",
+    rf"{YES}[.!]+\s+(?!(?:said|asked|cried)\b)",
+    r"(?:final answer|assistant|answer):\s*",
+    rf"{GREETING}(?:here (?:we go|it is|you go)|here(?: is|'s) (?:the|your|my) (?:story|tale)|let's begin"
+    r"|below you(?:'ll| will) find [^.!?\n]*)[.!:]+[^\w\"“‘\n]*\s",
+    r"[^\n]{0,80}\b(?:histoire|conte|cuento|historia|história|geschichte|storia)\b[^\n]{0,40}:\s*\n",
+    r"[^\n]{0,40}故事[^\n]{0,40}[:：]\s*\n",
+    rf"{GREETING}i(?:'d| would) (?:love|be happy|be glad) to\b[^.!?\n]*[.!]\s+",
+    r"what a (?:fun|nice|lovely|great) set of words\b[^.!?\n]*[.!:]\s+",
+    r"\*[^*\n.!?]*\*[ \t]*\n\s*\n",
     rf"{GREETING}(?:here|below|the following)\b.*\b(?:story|tale|you (?:go|are)|it is|attempt)\b.*:[*_ \t]*(?:\n|\Z)",
     rf"{GREETING}here(?: is|'s) (?:a|the|your)\b[\w, -]*\b(?:story|tale)(?: (?:for|using|with|you)\b[^.:!?\n]*)?:\s+",
     rf"{GREETING}(?:here|i|let|this|below|thank)\b(?=[^.!?\n]*\b(?:story|tale|words|request)\b)"
@@ -160,10 +168,14 @@ BEFORE_STORY = [
 AFTER_STORY = [
     r"(?:would you like|do you want|shall i|should i|can i|could i|may i)\b[^.!?\n]*"
     r"\b(?:another(?=\?)|another (?:story|one|tale)|me to|story|stories|version|anything else)\b",
-    r"(?:please )?(?:let me know|feel free)\b",
+    r"(?:please )?(?:let me know|feel free)\b(?![^\n]*\b(?:said|asked|cried|told)\b)",
     r"is there anything (?:else )?(?:you|i)\b",
-    r"(?:i )?hope (?:you|this|that|it|the)\b[^.!?\n]*\b(?:story|tale|enjoyed (?:it|this|reading)|this helps|request)\b",
-    r"if you\b[^.!?\n]*\b(?:let me know|i can|i'll|feel free|another story|me to)\b",
+    r"(?:i )?hope (?:you|this|that|it|the)\b[^.!?\n]*\b(?:story|tale|enjoyed (?:it|this|reading)|request)\b"
+    r"(?![^\n]*\b(?:said|asked|cried|told)\b)",
+    r"(?:i )?hope (?:this helps|you (?:like|enjoy) (?:it|this)(?=\W*\Z))|happy reading\b|want another\b",
+    r"does this work\b|tl;dr\b",
+    r"i kept the (?:words|sentences|language|story)\b",
+    r"if you\b[^.!?\n]*\b(?:let me know|i can|i'll|feel free|another story|me to)\b(?![^\n]*\b(?:said|asked|told)\b)",
     r"i(?:'d| would| can|'m| am)\b[^.!?\n]*\b(?:happy to (?:write|change)|another story|if you(?:'d)? (?:like|want))\b",
     r"(?:(?:this|the) story|i(?:'ve| have)?) (?:uses|used|includes|included|contains|incorporated|has)\b[^.!?\n]*"
     r"\b(?:the words?|requested|required|\d+ words)\b",
@@ -173,7 +185,10 @@ AFTER_STORY = [
 # What no story for children has. If it is still there when the rest is taken off, the whole answer is rejected.
 NO_STORY = "|".join([
     r"(?i)</?\|?[a-z][^<>\n]*>|\|>|```|\A[{\[<]",
-    r"\bthe user\b|\bthe (?:verb|noun|adjective)\b|\bthought process\b",
+    r"\bthe user\b|\bthe (?:verb|noun|adjective)\b (?!was\b)|\bthought process\b|[\ufffd\x00]",
+    r"\A\W*(?:thoughts?|reasoning|thinking(?: process)?|draft(?: \d+)?|plan)\b\W*(?::|\n|\.\.\.)",
+    r"\A\W*(?:let me think|first, i|hmm|okay, the)\b",
+    r"\A[^\n]*\bi (?:need|should|have|must)(?: to)? (?:use|write|include)\b",
     rf"\A(?:{YES}|yes|great|alright)\b[,.!]* (?:i|here|let)\b|\Ai['’]?[\w ]* happy to help[.!]",
     r"\A(?:so,? )?(?:we|i|let)\b[^.!?\n]*\b(?:write|create|craft)\b[^.!?\n]*\b(?:story|tale)\b"])
 
@@ -197,11 +212,12 @@ def split_answer(text):
     text = without_thoughts(text).replace("\r\n", "\n")
     text = re.sub(r"(?i)<summary>", "\nSummary: ", text)
     text = re.sub(r"(?i)</?(?:story|summary|answer|response|output|final)>", "\n", text)
-    label = (r"(?im)^[\W_]*(?:story |short |brief |one.sentence )?summary\b(?: of the story)?[*_\"”]*"
-             r"\s*?[:\n–—-][\W_]*")
+    label = (r"(?im)(?:^|(?<=[.!?\"”])[ ]+(?=summary:))[\W_]*"
+             r"(?:story |short |brief |one.sentence )?summary\b(?: of the story)?[*_\"”]*"
+             r"\s*?[:\n\]–—-][\W_]*")
     story, *rest = re.split(label, text)
     summary = re.split(r"\n\s*\n", rest[0].strip())[0] if rest else ""  # it was to be one sentence
-    summary = " ".join(without_talk(summary).split()).strip("*_` ")
+    summary = " ".join(without_talk(summary).split()).strip("*_`() ")
     if re.search(NO_STORY, summary):
         summary = ""
     return without_talk(story).strip("*-_` \n"), summary

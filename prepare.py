@@ -166,7 +166,7 @@ def settle(key, decision, seen, stories, args):
         return decision
     if decision == "train" and seen.get(key) == "published":
         return "in the published validation file"
-    if args.clean and seen.get(key) in stories:
+    if seen.get(key) in stories and (args.clean or seen[key] != decision):  # never in both, even if nothing is cleaned
         return f"copies in {decision}" if decision == seen[key] else "in train and in val"
     if decision == "train" and stories["train"] == args.max_stories:
         return "over --max_stories"

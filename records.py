@@ -19,10 +19,11 @@ import shutil
 import sys
 import tarfile
 import time
+import unicodedata
 import urllib.request
 import zlib
 from http.client import HTTPException
-from itertools import chain
+from itertools import chain, islice
 
 import regex
 from tqdm import tqdm
@@ -36,7 +37,8 @@ VERSIONS = {1: ("TinyStories-train.txt", "TinyStories-valid.txt"),
             2: ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")}
 ARCHIVE = "TinyStories_all_data.tar.gz"  # --version=all: the stories of both with their words, features and summaries
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-          "development": "val", "eval": "val", "test": "test", "testing": "test"}
+          "development": "val", "eval": "val", "evaluation": "val", "test": "test", "testing": "test",
+          "holdout": "test", "heldout": "test", "held": "test", "unseen": "test"}
 FORMATS = {"txt": "text", "jsonl": "lines", "ndjson": "lines", "json": "json", "csv": "csv", "tsv": "csv",
            "parquet": "parquet"}
 NO_STORIES = ("meta.json", "generate.json", "rejected.jsonl")  # what stages write beside stories
@@ -105,8 +107,10 @@ def file_format(name):
 
 
 def split_of(path):
-    """"test", "val" or "train" if a word of a file's name says so (validation-00000-of-00002.parquet), else None."""
-    splits = [SPLITS.get(word) for word in re.findall(r"[^\W\d_]+", os.path.basename(path).lower())]
+    """"test", "val" or "train" if a word of a file's name says so (validation-00000-of-00002.parquet, myTestSet.txt),
+    else None."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", os.path.basename(path))
+    splits = [SPLITS.get(re.sub("(set|data|s)$", "", word.lower())) for word in words]
     return next((split for split in ("test", "val", "train") if split in splits), None)
 
 
@@ -178,6 +182,7 @@ def fetch_rest(url, part):
     if os.path.getsize(part) < total:
         raise OSError(f"{os.path.getsize(part):,} of {total:,} bytes arrived")
 
+
 # -----------------------------------------------------------------------------------------------------------------
 # read
 
@@ -194,11 +199,14 @@ def detect_format(name, head, field):
     if beginning[:14].lower().startswith(("<!doctype html", "<html", "<?xml")):
         sys.exit(f"{name} is a page of HTML and no file of stories: delete it, and get the file itself")
     kind = file_format(os.path.basename(name))
-    if beginning.startswith("[") and kind == "lines" or beginning.startswith(("[", "{")) and not kind \
+    if beginning.startswith(("[", '"')) and kind == "lines" or beginning.startswith(("[", "{")) and not kind \
             or beginning.startswith('{"') and kind == "text":
         return "json"
-    columns = re.split("[,;\t]", beginning.partition("\n")[0].replace('"', "").strip())
-    if not kind and field in columns and len(columns) > 1:
+    first_line = beginning.partition("\n")[0].strip()
+    if first_line == "{" and kind == "lines":  # an object on several lines
+        return "json"
+    columns = re.split("[,;\t]", first_line.replace('"', ""))
+    if kind in (None, "text") and field in columns and all(re.fullmatch(r"[\w ]+", column) for column in columns):
         return "csv"
     return kind or "text"
 
@@ -217,6 +225,7 @@ def is_plain(path, split_at, field):
     head = first_bytes(path)
     kind = detect_format(path, head, field)
     return detect_encoding(head) == "utf-8-sig" and (kind == "lines" or kind == "text" and split_at == "eot")
+
 
 def has_lines(path):
     """Whether each line of a plain file is a story, in JSON."""
@@ -270,6 +279,10 @@ def parse_line(line, number, field="story"):
         record = json.loads(line)
         record["story"] = record[field]
         record["story"].encode()
+        if EOT in record["story"] and not record.get("spans"):  # around a story, it only separates
+            record["story"] = re.sub(rf"\A(\s*{re.escape(EOT)}\s*)+|\s*({re.escape(EOT)}\s*)+\Z", "", record["story"])
+        if EOT in record["story"]:
+            return {"story": None, "why": f"has {EOT} inside: split it into stories", "line": number, "text": line}
         if isinstance(record.get("spans") or [], list):
             return record
         why = 'has "spans" that are not a list'
@@ -293,6 +306,7 @@ def read_records(path, field="story"):
     else:
         records = (parse_line(line, number, field) for number, line in enumerate(convert(path, "eot", field), 1))
     return (record for record in records if record["story"] is not None)
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # convert: every format but JSON lines and text, as a stream of lines of JSON. A record that cannot be read becomes a
@@ -357,15 +371,31 @@ def read_parquet(stream, name):
     if not stream.seekable():
         sys.exit(f"{name} is parquet, which cannot be read from a pipe or an archive: save it as a file")
     for batch in ParquetFile(stream).iter_batches(1000):
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            yield {name: value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+                   for name, value in row.items()}
 
 
 def read_csv(text, split_at):
-    """Yield the rows of a table. Its first line names the columns, separated by commas, semicolons or tabs."""
-    header = text.readline()
-    for row in csv.DictReader(chain([header], text), delimiter=max(",;\t", key=header.count)):
-        row.pop(None, None)  # the cells that have no name
-        yield row
+    """Yield the rows of a table. Its first line names the columns, separated by commas, semicolons or tabs. What
+    quotation marks mean is tried on its beginning: doubled inside a cell, after a backslash, or like any character."""
+    beginning = list(islice(text, 1000))
+    delimiter = max(",;\t", key="".join(beginning[:1]).count)
+    meanings = [{}, {"doublequote": False, "escapechar": "\\"}, {"quoting": csv.QUOTE_NONE}]
+    if '\\"' not in "".join(beginning):
+        del meanings[1]
+    for meaning in meanings:
+        try:
+            rows = list(csv.reader(beginning, delimiter=delimiter, strict=True, **meaning))
+        except csv.Error:  # or the beginning ends inside a cell
+            continue
+        if all(len(row) in (0, len(rows[0])) for row in rows):
+            break
+    else:
+        meaning = {}
+    for row in csv.DictReader(chain(beginning, text), delimiter=delimiter, **meaning):
+        extra = row.pop(None, None)
+        yield Broken(f"a row of {len(row) + len(extra)} cells: {row}") if extra else row
 
 
 def read_text(text, split_at):
@@ -437,7 +467,7 @@ def details(record):
     items = [*(inner.items() if isinstance(inner, dict) else ()), *record.items()]
     fields = {str(name).strip(": ").lower(): value for name, value in items if value}
     # in the published records, BadEnding and Twist are what generate.py calls "bad ending" and "plot twist"
-    features = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", feature).lower() for feature in as_list(fields.get("features"))]
+    features = [re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", feature).lower() for feature in as_list(fields.get("features"))]
     summary = fields.get("summary")
     return {"features": ["plot twist" if feature == "twist" else feature for feature in features],
             "words": as_list(fields.get("words")),
@@ -445,16 +475,18 @@ def details(record):
 
 
 def as_list(value):
-    """Words, or features, as a list of texts, from a list or from text such as "jump, dog"."""
+    """Words, or features, as a list of texts, from a list or from text such as "jump, dog" or "jump|dog"."""
     if isinstance(value, str):
-        value = re.split("[,;]", value.strip("[]"))
+        value = re.split(r"[,;|\n、，]", value.strip("[]"))
     if not isinstance(value, list):
         return []
-    return [clean_text(str(item)).strip(" '\"") for item in value if item]
+    words = [" ".join(clean_text(str(item)).split()).strip(" '\"") for item in value if isinstance(item, (str, int))]
+    return [word for word in words if word]
 
 
 def clean_text(text):
     return SURROGATE.sub("", text)  # half a surrogate pair cannot be encoded
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # clean
@@ -480,7 +512,7 @@ CERTAIN = re.compile("|".join((
     f"(?<!{CAPITALS})Ã\xa0(?=[ ,.]|-[a-z])",  # a no-break space and a space: il va Ã  Paris
     "(?<=[^A-ZÀ-ÖØ-Þ\\s«»‹›“”„‘’\"'(])Â[\xa0«»]|(?<!\\S)Â«",  # a lone Â is hardly a word: 10Â km
     f"{ODD}(?={ANY})|{ANY}(?={ODD})|(?<={ANY}){ODD}|(?<={ODD}){ANY}",  # two of other scripts: Ð´Ð°
-    f"[à-ï](?![{AFTER}¡¿]{{2}}){TAIL}{TAIL}|ð|â€(?!{TAIL})")))  # æ—¥, â€™, an emoji
+    f"[à-ï](?![\xa0\xad]|[{AFTER}¡¿]{{2}}){TAIL}{TAIL}|ð|â€(?!{TAIL})")))  # æ—¥, â€™, an emoji; but à € is right
 QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
 
 
@@ -530,7 +562,8 @@ def decode_misread(sequence):
 ENDING = regex.compile(r"""(?ix)
     (?: [\p{Sentence_Terminal}…།"'\p{Pe}\p{Pf}\p{Extended_Pictographic}\p{So}\p{Thai}\p{Lao}]
       | (?<!\s)\p{Pi} | (?<=\p{Greek}); | (?<!\w)the\ end
-      | (?<=[\p{Sentence_Terminal}…"'\p{Pe}\p{Pf}\n][\s*_~—–-]*)(?:fin|fine|ende|fim|конец|完|終|终|समाप्त) )
+      | (?<=[\p{Sentence_Terminal}…"'\p{Pe}\p{Pf}\n][\s*_~—–-]*)
+        (?:fin|fine|ende|fim|koniec|einde|slut|konec|конец|完|終|终|끝|おしまい|समाप्त) )
     [\s*_~=—–\-\#\p{M}\p{Sk}\p{Cf}]* \Z""")
 
 
@@ -560,5 +593,7 @@ def fingerprint(story):
     """64 bits of a story's text, the same for copies that differ only in case, quotes and white space.
 
     Among 3 million stories, the chance that any two different ones share a fingerprint is one in 4 million."""
-    normal = " ".join(story.translate(QUOTES).lower().split())
+    if not story.isascii():
+        story = unicodedata.normalize("NFKC", story).translate(QUOTES)  # é as one character or two, … as three dots
+    normal = " ".join(story.lower().split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")

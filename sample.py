@@ -59,7 +59,7 @@ def pick(logits, draws, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     Of the probabilities we keep the `top_k` largest (0: all), the largest that together reach `top_p` (nucleus
     sampling, Holtzman et al. 2020, arXiv 1904.09751), and those of at least `min_p` times the largest (Nguyen et al.
     2024, arXiv 2407.01082)."""
-    if temperature == 0:
+    if temperature < 1e-3:  # 0, or so little that its share of the next token cannot be told from it
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)  # (B, V)
     if top_k:
@@ -267,9 +267,9 @@ def is_utf8(text):
 
 
 def without_last_space(prompt):
-    """A prompt without spaces at its end. A token holds the space before a word, so the model writes it itself; after
-    one that stands alone, it would begin in the middle of a word."""
-    return prompt.rstrip(" ")
+    """A prompt without white space at its end. A token holds the space before a word, so the model writes it itself;
+    after one that stands alone, it would begin in the middle of a word."""
+    return prompt.rstrip()
 
 
 def chat(model, encoding, instructions, settings, parser):
@@ -327,7 +327,7 @@ def command_line():
     parser.option("prompt", "", "how the stories begin")
     parser.option("prompt_file", "", "a file with the beginning")
     parser.option("num_samples", 1, "number of stories, written in batches", low=1)
-    parser.option("max_tokens", 500, "length limit of a story", low=1)
+    parser.option("max_tokens", 500, "length limit of a story", low=1, high=1_000_000)
     parser.option("temperature", 0.8, "0 always takes the likeliest token, 1 draws by the model's probabilities", low=0)
     parser.option("top_k", 0, "draw from the k likeliest tokens only; 0 means all", low=0)
     parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability", low=0.01,
@@ -378,8 +378,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     prompt = read_prompt(args)
     if (args.interactive or args.serve) and (prompt or args.num_samples > 1 or args.interactive and args.serve):
-        sys.exit("--interactive and --serve ask for each beginning: leave out --prompt, --prompt_file, --num_samples and "
-                 "the other of the two")
+        sys.exit("--interactive and --serve ask for each beginning: leave out --prompt, --prompt_file, --num_samples "
+                 "and the other of the two")
     device, dtype = pick_device(args.device, args.dtype)
     run = args.run or args.out_dir or newest_run()
     model, checkpoint, encoding = load_run(run, device)

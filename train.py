@@ -77,8 +77,8 @@ def command_line():
     parser.option("batch_tokens", None, "total batch size in tokens, over all micro steps and processes (default: "
                   "4096; on a GPU up to 65536, the more the longer the run)", type=int, low=1)
     parser.option("batch_size", None, "maximum micro-batch size in rows; the rest is gradient accumulation. Lower it "
-                  "if memory runs out (default: as many as hold 8192 tokens; on a GPU what half of its memory holds, at "
-                  "most 128)", type=int, low=1)
+                  "if memory runs out (default: as many as hold 8192 tokens; on a GPU what half of its memory holds, "
+                  "at most 128)", type=int, low=1)
     # how long; one of these at most
     parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)

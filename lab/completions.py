@@ -131,8 +131,8 @@ def grade_instructions(subject, dataset, max_tokens):
 
 
 def feature_signs(dataset, n=8_000):
-    """{feature: the 4-grams of words that, of the first n stories of a dataset, only those with the feature have}: signs
-    of a feature in any story. {} if the dataset's records do not name features.
+    """{feature: the 4-grams of words that only stories with the feature have, of the first n of a dataset}: its signs
+    in any story. {} if the dataset's records do not name features.
 
     The probability that a 4-gram which has nothing to do with a feature becomes its sign is below one in a million. A
     feature that most stories have, such as the world's dialogue, has no signs."""

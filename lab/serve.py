@@ -5,8 +5,9 @@ stories does not chat: it continues the prompt, or the last message.
 """
 import json
 import sys
+import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from ask import text_of
 from sample import without_last_space, write_story
@@ -37,10 +38,13 @@ def read_request(request, is_chat):
 
 class Handler(BaseHTTPRequestHandler):
     """One request."""
-    timeout = 60  # seconds for a client to send its request, or to read on
+    timeout = 30  # seconds for a client to send its request, or to read on
 
     def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": self.server.run, "object": "model"}]})
+        if self.path.rstrip("/").endswith("/models"):
+            self.reply(200, {"object": "list", "data": [{"id": self.server.run, "object": "model"}]})
+        else:
+            self.reply(404, {"error": {"message": "there is only /v1/models to get", "type": "invalid_request_error"}})
 
     def do_POST(self):
         is_chat = self.path.endswith("/chat/completions")
@@ -49,24 +53,30 @@ class Handler(BaseHTTPRequestHandler):
             if not self.path.endswith("/completions") or not 0 < length <= LONGEST:
                 raise ValueError(f"post at most {LONGEST} bytes to /v1/chat/completions or /v1/completions")
             request = json.loads(self.rfile.read(length))
+            if not isinstance(request, dict) or request.get("stream") not in (None, True, False):
+                raise ValueError("send a JSON object, in which stream is true or false")
             prompt, settings = read_request(request, is_chat)
-        except (ValueError, AttributeError, RecursionError) as error:  # not JSON, or no object
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # not JSON, or no object
             return self.reply(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
-        server, settings = self.server, {**self.server.settings, **settings}
-        prompt = without_last_space(prompt if "Story:" in prompt else server.instructions + prompt)
-        server.settings["seed"] += 1  # of the next request that names none; else it would get the same story
-        pieces = write_story(server.story_model, server.encoding, prompt, **settings)
-        text, n_tokens = "", 0
-        if request.get("stream"):
+        if "Story:" not in prompt:
+            prompt = self.server.instructions + without_last_space(prompt)
+        with self.server.lock:
+            self.answer(prompt, {**self.server.settings, **settings}, is_chat, request.get("stream"))
+            self.server.settings["seed"] += 1  # else the next request that names none would get the same story
+
+    def answer(self, prompt, settings, is_chat, stream):
+        """Write a story, and send it token by token if it is to be streamed."""
+        if stream:
             self.start(200, "text/event-stream")
-        for piece in pieces:
+        text, n_tokens = "", 0
+        for piece in write_story(self.server.story_model, self.server.encoding, prompt, **settings):
             text, n_tokens = text + piece, n_tokens + 1
-            if request.get("stream"):
+            if stream:
                 self.send_event(self.body(is_chat, "delta", piece, None))
         finish = "length" if n_tokens >= settings["max_tokens"] else "stop"
-        n_prompt = len(server.encoding.encode_ordinary(prompt))
+        n_prompt = len(self.server.encoding.encode_ordinary(prompt))
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_tokens, "total_tokens": n_prompt + n_tokens}
-        if request.get("stream"):
+        if stream:
             self.send_event({**self.body(is_chat, "delta", "", finish), "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
         else:
@@ -96,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-class Server(HTTPServer):
+class Server(ThreadingHTTPServer):
+    daemon_threads = True  # a connection on which nothing is said must not keep others waiting
+
     def handle_error(self, request, client_address):
         if not isinstance(sys.exception(), OSError):  # the client has gone, or is silent
             super().handle_error(request, client_address)
@@ -110,7 +122,7 @@ def serve(port, run, model, encoding, instructions, settings):
     except OSError as error:
         sys.exit(f"port {port} cannot be used ({error.strerror}): choose another port")
     server.run, server.story_model, server.encoding = run, model, encoding
-    server.instructions, server.settings = instructions, settings
+    server.instructions, server.settings, server.lock = instructions, settings, threading.Lock()
     print(f"{run} answers at http://127.0.0.1:{server.server_port}/v1 (--base_url of generate.py); Ctrl-C ends")
     with server:
         server.serve_forever()

@@ -240,6 +240,9 @@ CAT = "A cat sat.\n\nIt slept."
     'Here is a story using the words "jump", "dog" and "red":\n\n', "Certainly, here is your story.\n\n",
     "Here is a story that a 3-year-old can understand:\n\n**The Cat**\n\n", "I have written a story for you:\n",
     "Great! Here is the story you asked for:\n\n", "I'd love to help! Here's a story:\n\n",
+    "Final answer: ", "What a fun set of words! Here we go:\n\n", "Let's begin!\n\n", "Here is the story.\n\n",
+    "Absolutely! I'd love to write that.\n\n", "Certainly! Below you'll find the story.\n\n", "*The Cat*\n\n",
+    "Here's your story! 😊\n\n", "Voici une histoire :\n\n", "好的，这是一个故事：\n\n",
     # thoughts
     "<think>\nSummary: I need a cat.\n</think>\n", "I need a cat.\n</think>\n\n",
     "<think>a</think>Sure!\n<think></think>", "<unused94>thought\n<unused95>",
@@ -256,6 +259,8 @@ CAT = "A cat sat.\n\nIt slept."
     '\n\nNote: I used the words "jump" and "dog".', "\n\n**Words used:** jump, dog",
     "\nFeel free to ask for more. Bye!",
     "\n\nIs there anything else I can help with?", "\n\nIf you'd like another story, just ask!", "\n\n</story>",
+    "\n\nI hope this helps!", "\n\nHappy reading!", "\n\nWant another story?", "\n\nTL;DR: a cat ran.",
+    "\n\nI kept the words simple, so a 3-year-old can follow.",
     "\n\n(This story uses the words jump and dog.)\n\nDo you want me to write one more?")])
 def test_thoughts_and_small_talk_never_reach_the_corpus(before, after):
     assert generate.split_answer(before + CAT + after) == (CAT, "")
@@ -266,12 +271,22 @@ def test_thoughts_and_small_talk_never_reach_the_corpus(before, after):
     "Summary: It slept.\n", "summary: It slept.", "**Summary:** It slept.", "---\n\n## Summary: It slept.",
     "*Summary*:\nIt slept.", "## Summary\n\nIt slept.", "One-sentence summary: It slept.",
     "<summary>It slept.</summary>",
-    "Summary - It slept.", "**Story Summary:** It slept.\n\nWould you like another?", "Summary: It slept.<|return|>",
+    "Summary - It slept.", "(Summary: It slept.)", "[Summary] It slept.",
+    "**Story Summary:** It slept.\n\nWould you like another?", "Summary: It slept.<|return|>",
     "Summary: It slept. Would you like another?", "Summary: It slept.\nI hope you enjoyed the story!",
     "Summary: It slept.\n\nThe user may like it.", "Summary: It slept.<|im_end|>\n<|im_start|>user\nAnother one!"])
 def test_the_summary_is_one_sentence_however_it_is_marked(summary):
     for newline in "\n", "\r\n":
         assert generate.split_answer(f"{CAT}\n\n{summary}".replace("\n", newline)) == (CAT, "It slept.")
+
+
+@pytest.mark.parametrize("thought", [
+    "Let me think. The words are jump, dog and red.", "First, I need to use the word jump.", "Hmm, a dog.", "Draft 1:",
+    "Thought: a dog.", "Reasoning: a dog is good.", "Thinking Process:\n\n1. A dog.", "Thinking...\nA dog.",
+    "Zo\ufffd ran."])
+def test_an_answer_that_thinks_aloud_is_rejected(thought):
+    story, _ = generate.split_answer(f"{thought}\n\n{'There was a cat. ' * 20}")
+    assert generate.why_rejected(story, ask.Answer("writer", {}, finish="stop"), [], set())
 
 
 @pytest.mark.parametrize("story", [
@@ -285,7 +300,9 @@ def test_the_summary_is_one_sentence_however_it_is_marked(summary):
     "He ran.\n\nI am happy to help my mom.", "A dog ran.\nThe story was over.\nThe end.",
     "Tom wrote a note: I love you.", "A dog read a book. The story had a red cat.", "I think dogs plan a lot.",
     "Mom gave a summary.\nIt was short.", 'Tom said, "Let me know when you are done."',
-    'Tom said, "I can tell you another story."', "They hoped the story would go on.", "A heart <3 is red."])
+    'Tom said, "I can tell you another story."', "He ran.\n\nLet me know if you see the bear, said Mia. They slept.",
+    "He ran.\nI hope you enjoy the story, said Grandma, and she closed the book.",
+    "They hoped the story would go on.", "A heart <3 is red."])
 def test_a_real_story_is_not_cut(story):
     assert generate.split_answer(story) == (story, "")
     assert generate.split_answer(f"**Story:** {story}\n\nSummary: It ran.") == (story, "It ran.")
@@ -358,10 +375,19 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
     assert f"({2 * len(given_up)} too short;" in capsys.readouterr().out
 
 
+def test_usage_in_any_form_does_not_lose_the_answer():
+    def behave(prompt, times):
+        usage = ({"prompt_tokens": "10", "completion_tokens": "12"}, [1, 2], {"prompt_tokens": None})[times % 3]
+        return {**good(prompt), "usage": usage}
+    with Server(behave) as server:
+        run(server, "--n=3", "--concurrency=1")
+    assert indices() == [0, 1, 2]
+
+
 def test_half_a_surrogate_pair_does_not_lose_the_answer():
     with Server(lambda prompt, times: answer(good(prompt)["choices"][0]["message"]["content"] + "\ud83d")) as server:
         run(server, "--n=1")
-    assert lines()[0]["summary"] == "It ended.?"
+    assert lines()[0]["summary"] == ""  # it had a broken character
 
 # ---------------------------------------------------------------------------------------------------------------
 # faults

@@ -129,6 +129,32 @@ def test_an_archive_of_ones_own_keeps_its_splits(workplace):
         assert (meta["train"]["stories"], meta["val"]["stories"]) == (10, 10)
 
 
+@pytest.mark.parametrize("content", [
+    'id,story\n1,"Tim said ""Hi"" to Mia, and left."\n', 'id,story\n1,"Tim said \\"Hi\\" to Mia, and left."\n',
+    'id\tstory\n1\tTim said "Hi" to Mia, and left.\n2\t"Hi," said Tim.\n'])
+def test_quotation_marks_in_a_table_are_the_stories(workplace, content):
+    (workplace / "s.csv").write_text(content)
+    assert stories_in("s.csv") == ['Tim said "Hi" to Mia, and left.', '"Hi," said Tim.'][:content.count("\n") - 1]
+
+
+def test_a_row_with_too_many_cells_is_broken_and_a_table_is_known_in_a_text_file(workplace):
+    (workplace / "s.txt").write_text("id,story\n1,He ate a pie, and slept.\n2,She slept.\n")
+    assert stories_in("s.txt") == [None, "She slept."]
+
+
+def test_an_end_of_text_around_a_story_in_json_is_none_of_it(workplace):
+    write_jsonl(workplace / "s.jsonl", [{"story": text} for text in (
+        "<|endoftext|>\nOne.", "Two.\n<|endoftext|> ", "Three.<|endoftext|>Four.")])
+    assert stories_in("s.jsonl") == ["One.", "Two.", None]
+
+
+def test_objects_on_several_lines_and_quoted_lines(workplace):
+    (workplace / "s.jsonl").write_text("\n".join(json.dumps(record, indent=1) for record in RECORDS))
+    assert stories_in("s.jsonl") == STORIES
+    (workplace / "t.jsonl").write_text("\n".join(map(json.dumps, STORIES)))
+    assert stories_in("t.jsonl") == STORIES
+
+
 def test_an_array_of_texts_and_json_lines_in_a_text_file(workplace):
     (workplace / "texts.json").write_text(json.dumps(["One.\nTwo.", "“Drei, café.”"]))
     assert stories_in("texts.json") == ["One.\nTwo.", "“Drei, café.”"]

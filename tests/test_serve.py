@@ -85,17 +85,24 @@ def test_a_finished_story_ends_with_stop(port, monkeypatch):
 
 
 @pytest.mark.parametrize("request_, path", [
-    ("{", "/v1/completions"), ("[1]", "/v1/completions"), ({}, "/v1/completions"), ({"prompt": [1, 2]}, "/v1/completions"),
+    ("{", "/v1/completions"), ("[1]", "/v1/completions"), ({}, "/v1/completions"),
+    ({"prompt": [1, 2]}, "/v1/completions"),
     ({"messages": []}, "/v1/chat/completions"), ({"messages": [{"content": None}]}, "/v1/chat/completions"),
     ({"prompt": "a", "max_tokens": 10**9}, "/v1/completions"), ({"prompt": "a", "temperature": -1}, "/v1/completions"),
     ({"prompt": "a", "temperature": float("nan")}, "/v1/completions"), ({"prompt": "a", "n": 2}, "/v1/completions"),
     ({"prompt": "a" * 70_000}, "/v1/completions"), ({"prompt": "a"}, "/etc/passwd"), ("[" * 60_000, "/v1/completions"),
     ({"prompt": "a"}, "/v1/completions/../../etc"),
+    ({"prompt": "a", "stream": "false"}, "/v1/completions"),
     ({"prompt": "a", "seed": True}, "/v1/completions")])
 def test_a_request_that_cannot_be_answered_is_refused_and_the_next_is_answered(port, request_, path):
     status, reply = post(port, request_, path)
     assert status == 400 and reply["error"]["message"]
     assert post(port, {"prompt": PROMPT, "max_tokens": 1}, "/v1/completions")[0] == 200
+
+
+def test_a_silent_connection_keeps_nobody_waiting(port):
+    with socket.create_connection(("127.0.0.1", port)):
+        assert post(port, {"prompt": PROMPT, "max_tokens": 1}, "/v1/completions")[0] == 200
 
 
 def test_a_client_that_leaves_ends_its_story_only(port, monkeypatch, capfd):
