@@ -42,6 +42,8 @@ from records import (CHUNK_BYTES, EOT, SPLITS, URL, clean_story, convert, detail
 
 SKILLS = ("none", "grammar", "fact", "context", "reasoning")  # the labels in val.skills.bin
 INSTRUCTIONS = {"features": "Features", "words": "Words", "summary": "Summary", "sentence": "Random sentence"}
+KEPT = ("train", "val")  # decisions on stories that stay; any other says why a story does not
+FAULTLESS = ("published", "over --max_stories")  # those which are no fault of the story's
 UNFINISHED = "unfinished"  # the folder, inside the dataset's, in which new files are made
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -131,14 +133,14 @@ def plan_dataset(files, args):
     plan, cleaning, stories = [], Counter(), {"train": 0, "val": 0}
     seen = {}  # {fingerprint: split} of the stories that stay, or that were published for validation
     broken, fields = [], Counter()
-    decided = run_workers(partial(decide, args=args), tasks, "reading", args.workers)
-    for (chunk, file_split), (proposals, chunk_broken, chunk_fields) in decided:
+    results = run_workers(partial(decide, args=args), tasks, "reading", args.workers)
+    for (chunk, file_split), (proposals, chunk_broken, chunk_fields) in results:
         decisions = []
         for key, decision, repaired in proposals:
             decision = settle(key, decision, seen, stories, args)
-            if decision not in (*stories, "published", "over --max_stories"):  # the last is no fault of the story's
+            if decision not in KEPT + FAULTLESS:
                 cleaning[f"{decision}: removed"] += 1
-            if repaired and decision not in ("published", "over --max_stories"):
+            if repaired and decision not in FAULTLESS:
                 cleaning["UTF-8 read as cp1252: repaired"] += 1
             decisions.append(decision)
         plan.append((chunk, decisions))
@@ -159,14 +161,14 @@ def plan_dataset(files, args):
 
 def settle(key, decision, seen, stories, args):
     """The final decision on a story. What the worker decided stays, unless the story is a copy, or one more than
-    --max_stories. `seen` and `stories`, which has the keys train and val, are brought up to date."""
+    --max_stories. Brings `seen`, {fingerprint: decision}, and `stories`, {split: number}, up to date."""
     if decision == "published":
         seen[key] = decision
-    if decision not in stories:
+    if decision not in KEPT:
         return decision
     if decision == "train" and seen.get(key) == "published":
         return "in the published validation file"
-    if seen.get(key) in stories and (args.clean or seen[key] != decision):  # never in both, even if nothing is cleaned
+    if seen.get(key) in KEPT and (args.clean or seen[key] != decision):  # never in both, even if nothing is cleaned
         return f"copies in {decision}" if decision == seen[key] else "in train and in val"
     if decision == "train" and stories["train"] == args.max_stories:
         return "over --max_stories"
@@ -209,7 +211,7 @@ def planned_records(chunk, decisions, args):
     """Yield (split, record) for each story of a chunk that stays: repaired, and with instructions, as the options
     say."""
     for record, decision in zip(read_chunk(*chunk, args.field), decisions):
-        if decision in ("train", "val"):
+        if decision in KEPT:
             if args.clean:
                 record["story"] = clean_story(record)
             if args.instruct:
