@@ -89,7 +89,7 @@ def source_paths(args, folder):
         names = (ARCHIVE,) if args.version == "all" else VERSIONS[args.version]
     elif os.path.isdir(source):
         names = sorted(name for name in os.listdir(source) if file_format(name))
-        problem = "has no .txt or .jsonl file, nor .json, .csv or .parquet"
+        problem = "has no .txt or .jsonl file, nor .json, .csv or .parquet (folders inside it are not read)"
     else:
         names = [""] if os.path.exists(source) else []
         problem = "does not exist"
