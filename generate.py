@@ -167,7 +167,8 @@ BEFORE_STORY = [
     r"(?:the )?story(?: \d+)?[*_]*:[*_]*\s*"]
 AFTER_STORY = [
     r"(?:would you like|do you want|shall i|should i|can i|could i|may i)\b[^.!?\n]*"
-    r"\b(?:another(?=\?)|another (?:story|one|tale)|me to|story|stories|version|anything else)\b",
+    r"\b(?:another(?=\?)|another (?:story|one|tale)|me to|story|stories|version|anything else)\b"
+    r"(?![^\n]*\b(?:said|asked|cried)\b)",
     r"(?:please )?(?:let me know|feel free)\b(?![^\n]*\b(?:said|asked|cried|told)\b)",
     r"is there anything (?:else )?(?:you|i)\b",
     r"(?:i )?hope (?:you|this|that|it|the)\b[^.!?\n]*\b(?:story|tale|enjoyed (?:it|this|reading)|request)\b"

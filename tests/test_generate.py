@@ -301,6 +301,7 @@ def test_an_answer_that_thinks_aloud_is_rejected(thought):
     "Tom wrote a note: I love you.", "A dog read a book. The story had a red cat.", "I think dogs plan a lot.",
     "Mom gave a summary.\nIt was short.", 'Tom said, "Let me know when you are done."',
     'Tom said, "I can tell you another story."', "He ran.\n\nLet me know if you see the bear, said Mia. They slept.",
+    "He ran.\nWould you like another one? No, said Mia.",
     "He ran.\nI hope you enjoy the story, said Grandma, and she closed the book.",
     "They hoped the story would go on.", "A heart <3 is red."])
 def test_a_real_story_is_not_cut(story):
