@@ -39,6 +39,8 @@ RESUMABLE = (*HOUSEKEEPING, "max_steps", "max_tokens", "max_flops", "max_minutes
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
 
+CGROUP = "/sys/fs/cgroup"  # where Linux says what a container may use
+
 # What a closed terminal sends. Windows has no SIGHUP, and sends SIGBREAK.
 HANGUP = getattr(signal, "SIGHUP", None) or signal.SIGBREAK
 
@@ -291,27 +293,27 @@ def pick_device(device="auto", dtype="auto"):
     return device, fast if dtype == "auto" else getattr(torch, dtype)
 
 
-def usable_cpus(cgroup="/sys/fs/cgroup"):
+def usable_cpus():
     """How many CPUs this process may use. Linux may allow fewer than the machine has, and a container only a share of
     their time."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups, version 2 and 1
         with contextlib.suppress(OSError, ValueError):  # no such file; "max", which means no limit
-            words = " ".join(Path(cgroup, name).read_text() for name in names)
+            words = " ".join(Path(CGROUP, name).read_text() for name in names)
             quota, period = map(int, words.split())  # microseconds
             if quota > 0:  # -1 means no limit
                 cpus = min(cpus, math.ceil(quota / period))
     return cpus
 
 
-def usable_memory(cgroup="/sys/fs/cgroup"):
+def usable_memory():
     """How many bytes of RAM this process may use: the machine's, or fewer in a container; inf where nobody says."""
     limits = [math.inf]
     if hasattr(os, "sysconf"):  # not on Windows
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
         with contextlib.suppress(OSError, ValueError):
-            limits.append(int(Path(cgroup, name).read_text()))
+            limits.append(int(Path(CGROUP, name).read_text()))
     return min(limits)
 
 

@@ -18,11 +18,11 @@ N_CHOSEN = 10  # neurons silenced together
 
 
 def exclusion_neurons(model, encoding, probes):
-    """[(layer, neuron)], the most important first: the lead of the right word over the wrong one that each neuron gives,
-    to first order: its activation times the gradient of the lead, summed over the text, mean over the probes."""
+    """[(layer, neuron)], the most important first: the lead of the right word over the wrong one that each neuron
+    gives, to first order: its activation times the gradient of the lead, summed over the text and the probes."""
     totals = 0
     for probe in probes:
-        right, wrong = (encoding.encode_ordinary(probe["prompt"] + words[0]) for words in (probe["right"], probe["wrong"]))
+        right, wrong = (encoding.encode_ordinary(probe["prompt"] + probe[side][0]) for side in ("right", "wrong"))
         n = next(i for i, (a, b) in enumerate(zip(right, wrong)) if a != b)  # where the two part
         ids = torch.tensor([encoding.eot_token, *right[:n]][-model.config.block_size:])
         hidden = []  # of each layer, (1, T, M)

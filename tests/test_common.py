@@ -147,14 +147,18 @@ def test_a_container_limits_the_cpus(tmp_path, monkeypatch, files, cpus):
     """Where 16 of 128 are allowed anyhow."""
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
-    assert common.usable_cpus(control_group(tmp_path, files)) == cpus
+    monkeypatch.setattr(common, "CGROUP", control_group(tmp_path, files))
+    assert common.usable_cpus() == cpus
 
 
 def test_a_container_limits_the_memory_and_the_threads(tmp_path, monkeypatch):
-    machine = common.usable_memory(str(tmp_path))
+    monkeypatch.setattr(common, "CGROUP", str(tmp_path))
+    machine = common.usable_memory()
     assert machine > 2**28
-    assert common.usable_memory(control_group(tmp_path, {"memory.max": "max"})) == machine
-    assert common.usable_memory(control_group(tmp_path, {"memory.max": "123456"})) == 123456
+    control_group(tmp_path, {"memory.max": "max"})
+    assert common.usable_memory() == machine
+    control_group(tmp_path, {"memory.max": "123456"})
+    assert common.usable_memory() == 123456
     threads = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
