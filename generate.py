@@ -183,9 +183,13 @@ AFTER_STORY = [
     r"(?:note|word count)\b[^\n]*:[^\n]*(?:\b(?:story|words?)\b|\d)",
     r"(?:words|features) used\b",
     r"enjoy(?: the story)?!"]
-# What no story for children has. If it is still there when the rest is taken off, the whole answer is rejected.
+# What no story for children has. If it is still there when the rest is taken off, the whole answer is rejected. Weak
+# models go on about the task when they run out of story.
 NO_STORY = "|".join([
-    r"(?i)</?\|?[a-z][^<>\n]*>|\|>|```|\A[{\[<]",
+    r"(?i)\b(?:summary:|(?:in|the|this) summary\b|sentences?\b|paragraphs?\b)",
+    r"(?:\A|\n)\W*the (?:story|end of the story) (?:(?:is|was|has) (?!over)|unfolds|goes on"
+    r"|(?:begins|starts|started|ends|ended) (?:with|on|in|when)\b)",
+    r"</?\|?[a-z][^<>\n]*>|\|>|```|\A[{\[<]",
     r"\bthe user\b|\bthe (?:verb|noun|adjective)\b (?!was\b)|\bthought process\b|[\ufffd\x00]",
     r"\A\W*(?:thoughts?|reasoning|thinking(?: process)?|draft(?: \d+)?|plan)\b\W*(?::|\n|\.\.\.)",
     r"\A\W*(?:let me think|first, i|hmm|okay, the)\b",
