@@ -7,6 +7,7 @@ Adds the section "completions" to out/a/eval.json and, where stories come with i
 import os
 import re
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list, split_stories
 from generate import missing_words
+from lab.label import FEATURE_RULES
 from prepare import INSTRUCTIONS, instruction, load_meta, load_tokenizer, load_tokens
 from records import SPACELESS, read_records
 from sample import generate
@@ -114,7 +116,7 @@ def grade_instructions(subject, dataset, max_tokens):
     Instructions are those of up to 150 validation stories. With prepare.py --hold_out=words+summary, no train story had
     both words and a summary; instructions with both are graded apart, as held-out combinations."""
     hold_out = set(load_meta(dataset)["instruct"]["hold_out"])
-    signs = feature_signs(dataset)
+    tests = feature_tests(dataset)
     groups = {"seen": [], "held-out": []}
     for prompt, fields in read_instructions(dataset):
         is_held_out = bool(hold_out) and hold_out <= set(fields)
@@ -125,43 +127,49 @@ def grade_instructions(subject, dataset, max_tokens):
     for name, group in groups.items():
         completions = complete(subject, [prompt for prompt, _ in group], max_tokens, title="following instructions")
         stories = [subject.encoding.decode(ids) for ids, in completions]
-        for title, figure in instructions_followed([fields for _, fields in group], stories, signs).items():
+        for title, figure in instructions_followed([fields for _, fields in group], stories, tests).items():
             figures[f"{title}, {name} combinations"] = figure
     return figures
 
 
-def feature_signs(dataset, n=8_000):
-    """{feature: the 4-grams of words that only stories with the feature have, of the first n of a dataset}: its signs
-    in any story. {} if the dataset's records do not name features.
+def feature_tests(dataset, n=8_000):
+    """{feature: (text of a story) -> whether it has the feature}, from the first n stories of a dataset.
 
-    The probability that a 4-gram which has nothing to do with a feature becomes its sign is below one in a million. A
-    feature that most stories have, such as the world's dialogue, has no signs."""
-    stories = []  # (features, 4-grams)
+    Features that lab.label found are found again by its rule. Any other is known by its signs: the 4-grams of words that
+    only stories with the feature have. The probability that a 4-gram which has nothing to do with a feature becomes its
+    sign is below one in a million; a feature that most stories have, such as the world's dialogue, has no signs."""
+    stories = []  # (features, text, 4-grams)
     for source in load_meta(dataset)["source"]:
         if source["file"].endswith(".jsonl") and os.path.exists(source["file"]):
-            stories += [(record.get("features") or (), set(ngrams(words_of(record["story"]), 4)))
+            stories += [(record.get("features") or (), record["story"], set(ngrams(words_of(record["story"]), 4)))
                         for record in islice(read_records(source["file"]), n - len(stories))]
-    everywhere = Counter(fourgram for _, fourgrams in stories for fourgram in fourgrams)
-    signs = {}
-    for feature, count in Counter(feature for features, _ in stories for feature in features).items():
-        share = count / len(stories)
-        if share < 0.5:
-            with_it = Counter(g for features, fourgrams in stories if feature in features for g in fourgrams)
-            signs[feature] = {g for g, k in with_it.items() if k == everywhere[g] and share**k < 1e-6}
-    return signs
+    everywhere = Counter(fourgram for *_, fourgrams in stories for fourgram in fourgrams)
+    tests = {}
+    for feature, count in Counter(feature for features, *_ in stories for feature in features).items():
+        share, rule = count / len(stories), FEATURE_RULES.get(feature)
+        if rule and all(rule(text) == (feature in features) for features, text, _ in stories):
+            tests[feature] = rule
+        elif share < 0.5:
+            with_it = Counter(g for features, _, fourgrams in stories if feature in features for g in fourgrams)
+            signs = {g for g, k in with_it.items() if k == everywhere[g] and share**k < 1e-6}
+            tests[feature] = partial(has_sign, signs)
+    return tests
 
 
-def instructions_followed(requests, stories, signs):
+def has_sign(signs, story):
+    return not signs.isdisjoint(ngrams(words_of(story), 4))
+
+
+def instructions_followed(requests, stories, tests):
     """{figure: interval} of requests, {field: text} each, and the stories that were written for them.
 
     The controls are what the next request asks for: a story has some of it by chance."""
     included = [fields["sentence"] in story for fields, story in zip(requests, stories) if "sentence" in fields]
     words = [fields["words"].split(", ") if "words" in fields else [] for fields in requests]
-    features = [[name for name in fields.get("features", "").split(", ") if name in signs] for fields in requests]
+    features = [[name for name in fields.get("features", "").split(", ") if name in tests] for fields in requests]
 
     def count_features(names, story):
-        fourgrams = set(ngrams(words_of(story), 4))
-        return sum(not signs[name].isdisjoint(fourgrams) for name in names)
+        return sum(tests[name](story) for name in names)
 
     # short words, such as "the", are in every story
     summary_words = [sorted(set(re.findall(r"\w{4,}", fields.get("summary", "")))) for fields in requests]

@@ -57,7 +57,7 @@ def test_instructions_followed(workplace):
     write_jsonl(workplace / "data/x/stories.jsonl", records)
     prepare(["--dataset=asked", "--input=data/x", "--instruct", "--hold_out=words+summary", "--vocab_size=512",
              "--val_fraction=0.2"])
-    assert set(completions.feature_signs("asked")) == {"bad ending"}  # most stories have dialogue, so it has no signs
+    assert set(completions.feature_tests("asked")) == {"bad ending"}  # most stories have dialogue, so it has no signs
     meta = load_meta("asked")
     encoding = load_tokenizer("asked")
     heads = [encoding.decode(ids.tolist()).partition("Story:")[0] for ids in

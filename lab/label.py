@@ -1,0 +1,92 @@
+"""Label stories with what stands in them, so that a model can learn to follow instructions.
+
+    python -m lab.label --dataset=tinystories --name=told          writes data/told/stories.jsonl
+    python prepare.py --dataset=told --instruct --tokenizer=tinystories
+
+A large model that is asked for stories (generate.py) is told which words and features to use, and the published archive
+of TinyStories says what its stories were asked for. Other stories come without. Here, rules tell which words and
+features they could have been asked for; a summary cannot be had by rule."""
+import json
+import os
+import random
+import re
+from collections import Counter
+
+from common import CommandLine, atomic_write, run_main
+from generate import ENDINGS, WORDS_FILE, inflections, load_words
+from prepare import load_meta
+from records import LETTERS, fingerprint, read_records
+
+SAD = re.compile(r"\b(sad(?:ly|der)?|cr(?:y|ied|ying)|tears?|alone|never|sorry|lost|gone|regret\w*|wish(?:ed)?|hurt|"
+                 r"too late|d(?:ied|ead)|angry|scared)\b", re.I)
+GLAD = re.compile(r"\b(happ(?:y|ily|ier)|glad|smil\w+|laugh\w*|hugg?\w*|friends?|fun|proud|lov\w+|safe|thank\w*|better|"
+                  r"play\w*|joy\w*)\b", re.I)
+LESSON = re.compile(r"\b(moral|lesson|learn(?:ed|t) (?:that|to|not|how|it)|always remember|important to)\b", re.I)
+
+
+def last_part(story, n_words=40):
+    return " ".join(story.split()[-n_words:])
+
+
+FEATURE_RULES = {  # of generate.FEATURES, those that can be told from the text; each is (text of a story) -> bool
+    "dialogue": lambda story: len(re.findall("[\"“”]", story)) >= 4,  # two utterances
+    "bad ending": lambda story: bool(SAD.search(last_part(story))) and not GLAD.search(last_part(story)),
+    "moral value": lambda story: bool(LESSON.search(last_part(story))),
+}
+
+
+def known_forms(word_lists):
+    """[{form: word}] of verbs, nouns and adjectives. A compound such as "ice cream" is left out."""
+    return [{form: word for word in reversed(words) if LETTERS.fullmatch(word) for form in inflections(word, endings)}
+            for words, endings in zip(word_lists, ENDINGS)]
+
+
+def words_in(story, forms):
+    """The sets of verbs, nouns and adjectives that a story has in any form."""
+    story_words = set(LETTERS.findall(story.lower()))
+    return [{known[word] for word in story_words & known.keys()} for known in forms]
+
+
+def label(story, forms, counts):
+    """{"words": [verb, noun, adjective], "features": [name]} of a story.
+
+    Of the words that it has, rarer ones are drawn more often: by `counts`, the stories that have each."""
+    rng = random.Random(fingerprint(story))
+    words = []
+    for found, count in zip(words_in(story, forms), counts):
+        found = sorted(found.difference(words))
+        if found:
+            words += rng.choices(found, [1 / count[word] for word in found])
+    return {"words": words, "features": [name for name, rule in FEATURE_RULES.items() if rule(story)]}
+
+
+def main(argv=None):
+    parser = CommandLine(__doc__.split("\n")[0])
+    parser.option("dataset", "tinystories", "a prepared dataset, whose files of stories are read")
+    parser.option("name", "told", "folder under data/ to write to")
+    parser.option("words", WORDS_FILE, "words to look for")
+    args = parser.parse_args(argv)
+    meta, forms = load_meta(args.dataset), known_forms(load_words(args.words))
+    sources = [(source["file"], source["split"]) for source in meta["source"]]
+    counts = [Counter() for _ in forms]
+    for path, _ in sources:
+        for record in read_records(path, meta["field"]):
+            for count, found in zip(counts, words_in(record["story"], forms)):
+                count.update(found)
+    os.makedirs(f"data/{args.name}", exist_ok=True)
+    written = Counter()
+    with atomic_write(f"data/{args.name}/stories.jsonl") as file:
+        for path, split in sources:
+            for record in read_records(path, meta["field"]):
+                labels = label(record["story"], forms, counts)
+                written.update(["stories", *labels["features"]])
+                line = {"story": record["story"], **labels, **({"split": split} if split else {})}
+                file.write(json.dumps(line) + "\n")
+    stories = written.pop("stories")
+    shares = ", ".join(f"{name} {count / stories:.0%}" for name, count in written.most_common())
+    print(f"{stories:,} stories ({shares}) in data/{args.name}/stories.jsonl: python prepare.py --dataset={args.name} "
+          f"--instruct --tokenizer={args.dataset}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,57 @@
+"""lab/label.py: what it says of a story stands in it, and a model of labelled stories is graded by the same rules."""
+import json
+from collections import Counter
+
+import pytest
+
+from conftest import write_jsonl
+from generate import load_words, missing_words
+from lab import completions, label
+from prepare import load_meta
+from prepare import main as prepare
+
+STORIES = {
+    "dialogue": 'Tim met a fox. "Hello," said Tim. "Hello," said the fox. They were happy and played all day long with a ball.',
+    "bad ending": "A small cat ran far away from home. It rained and the cat was cold. It never found its home again and cried.",
+    "moral value": "Sam took the red ball of his friend. Then he gave it back. Sam was happy. He learned that it is good to ask.",
+    "": "Lily saw a big dog in the park. The dog jumped over a box. Lily laughed, and they went home to eat some cake.",
+}
+
+
+@pytest.fixture
+def labelled(workplace):
+    """200 stories, 50 of each kind, in a dataset whose files say what is for training."""
+    for split, numbers in ("train", range(40)), ("valid", range(40, 50)):
+        text = "\n<|endoftext|>\n".join(f"It was day {n}. {story}" for n in numbers for story in STORIES.values())
+        (workplace / f"plain-{split}.txt").write_text(text)
+    prepare(["--dataset=plain", f"--input={workplace}", "--vocab_size=400"])
+    label.main(["--dataset=plain"])
+    with open("data/told/stories.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_words_and_features_stand_in_the_stories_that_have_them(labelled):
+    assert len(labelled) == 200 and Counter(record["split"] for record in labelled) == {"train": 160, "val": 40}
+    for record in labelled:
+        assert [record["story"].split(". ", 1)[1]] == [STORIES[", ".join(record["features"])]]
+        assert len(set(record["words"])) == 3 and not missing_words(record["words"], record["story"])
+    drawn = Counter(record["words"][1] for record in labelled if "Tim met" in record["story"])
+    assert drawn["fox"] > drawn["day"] + 10  # "day" is in all of the 200 stories, "fox" in 50
+
+
+def test_a_label_depends_on_the_story_and_the_counts_alone():
+    forms = label.known_forms(load_words(label.WORDS_FILE))
+    counts = [Counter(found) for found in label.words_in(STORIES["dialogue"], forms)]
+    assert label.label(STORIES["dialogue"], forms, counts) == label.label(STORIES["dialogue"], forms, counts)
+    assert label.label("Zorv blick.", forms, counts) == {"words": [], "features": []}
+
+
+def test_labelled_stories_are_graded_by_the_rules_that_labelled_them(labelled, workplace):
+    prepare(["--dataset=told", "--instruct=True", "--tokenizer=plain"])
+    assert load_meta("told")["train"]["stories"] == 160
+    tests = completions.feature_tests("told")
+    assert tests == label.FEATURE_RULES
+    labelled[0]["features"] = ["moral value", "plot twist"]  # says a large model, which may see more than the rule
+    write_jsonl(workplace / "data/told/stories.jsonl", labelled)
+    tests = completions.feature_tests("told")
+    assert tests["moral value"] != label.FEATURE_RULES["moral value"] and tests["bad ending"](STORIES["bad ending"])
