@@ -135,9 +135,10 @@ def grade_instructions(subject, dataset, max_tokens):
 def feature_tests(dataset, n=8_000):
     """{feature: (text of a story) -> whether it has the feature}, from the first n stories of a dataset.
 
-    Features that lab.label found are found again by its rule. Any other is known by its signs: the 4-grams of words that
-    only stories with the feature have. The probability that a 4-gram which has nothing to do with a feature becomes its
-    sign is below one in a million; a feature that most stories have, such as the world's dialogue, has no signs."""
+    Features that lab.label found are found again by its rule. Any other is known by its signs: the 4-grams of words
+    that only stories with the feature have. The probability that a 4-gram which has nothing to do with a feature
+    becomes its sign is below one in a million; a feature that most stories have, such as the world's dialogue, has no
+    signs."""
     stories = []  # (features, text, 4-grams)
     for source in load_meta(dataset)["source"]:
         if source["file"].endswith(".jsonl") and os.path.exists(source["file"]):

@@ -326,12 +326,13 @@ def test_a_run_writes_one_whole_record_a_story(capsys):
 
 
 STORY = good('"jump"')["choices"][0]["message"]["content"]
+TALE = STORY.partition("Summary")[0].strip()
 
 
 @pytest.mark.parametrize("reason, bad", [
     ("word missing", answer("Once upon a time they all were glad. " * 12)),
     ("cut off", answer(STORY, finish="length")),
-    ("cut off", answer(STORY.partition("Summary")[0] + "And then")),
+    ("cut off", answer(TALE + " And then")),
     ("refused", answer(None, refusal="I will not.")),
     ("refused", answer("", finish="content_filter")),
     ("refused", answer("I’m sorry, but I can’t write that story. " * 12)),
@@ -341,9 +342,9 @@ STORY = good('"jump"')["choices"][0]["message"]["content"]
     ("thoughts or talk", answer("Okay, so the user wants a story. " + STORY)),
     ("thoughts or talk", answer("We need to write a story with a dog. " + STORY)),
     ("thoughts or talk", answer(json.dumps({"story": STORY}))),
-    ("thoughts or talk", answer(STORY + '\nThe story ends on a note that no 3-year-old has ever heard before.')),
-    ("thoughts or talk", answer(STORY + ' This is a story of three words: "Summary:" and what happens.')),
-    ("thoughts or talk", answer(STORY + "\nIn the final sentence, all is well, which is too long for 50 words.")),
+    ("thoughts or talk", answer(TALE + "\nThe story ends on a note that no 3-year-old has ever heard.")),
+    ("thoughts or talk", answer(TALE + ' This is a story of three words: "Summary:" and what happens.')),
+    ("thoughts or talk", answer(TALE + "\nIn the final sentence, all is well, which is too long for 50 words.")),
     ("empty", answer("<think>Let me see.", finish="length")),
     ("empty", answer("<|channel|>analysis<|message|>Let me see.")),
     ("empty", answer("")),
@@ -908,7 +909,7 @@ def test_a_bug_does_not_lose_the_answers_under_way(monkeypatch):
     def split_answer(text):
         if next(answers) == 2:
             raise RuntimeError("a bug")
-        return "A cat sat. " * 20 + text, ""
+        return "A cat sat. " * 20 + text.partition("Summary")[0].strip(), ""
     monkeypatch.setattr(generate, "split_answer", split_answer)
     with Server(lambda prompt, times: time.sleep(0.02 * len(server.requests))) as server:
         with pytest.raises(RuntimeError):

@@ -11,9 +11,9 @@ from prepare import load_meta
 from prepare import main as prepare
 
 STORIES = {
-    "dialogue": 'Tim met a fox. "Hello," said Tim. "Hello," said the fox. They were happy and played all day long with a ball.',
-    "bad ending": "A small cat ran far away from home. It rained and the cat was cold. It never found its home again and cried.",
-    "moral value": "Sam took the red ball of his friend. Then he gave it back. Sam was happy. He learned that it is good to ask.",
+    "dialogue": 'Tim met a fox. "Hello," said Tim. "Hello," said the fox. They played all day with a red ball.',
+    "bad ending": "A small cat ran far away. It rained and the cat was cold. It never found its home again and cried.",
+    "moral value": "Sam took the red ball of a friend. Then he gave it back. Sam learned that it is good to ask first.",
     "": "Lily saw a big dog in the park. The dog jumped over a box. Lily laughed, and they went home to eat some cake.",
 }
 
