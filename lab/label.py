@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter
 
 from common import CommandLine, atomic_write, run_main
@@ -67,24 +68,33 @@ def main(argv=None):
     parser.option("words", WORDS_FILE, "words to look for")
     args = parser.parse_args(argv)
     meta, forms = load_meta(args.dataset), known_forms(load_words(args.words))
-    sources = [(source["file"], source["split"]) for source in meta["source"]]
-    counts = [Counter() for _ in forms]
-    for path, _ in sources:
-        for record in read_records(path, meta["field"]):
+    path = f"data/{args.name}/stories.jsonl"
+    if os.path.exists(path):
+        sys.exit(f"{path} exists: delete it, or choose another --name")
+    sources = [(source["file"], source["split"]) for source in meta["source"] if source["split"] != "published"]
+    for source, _ in sources:
+        if not os.path.exists(source):
+            sys.exit(f"{source}, from which data/{args.dataset} was prepared, is not here: put it there again")
+    counts, read = [Counter() for _ in forms], 0  # counts: how many stories have each word
+    for source, _ in sources:
+        for record in read_records(source, meta["field"]):
+            read += 1
             for count, found in zip(counts, words_in(record["story"], forms)):
                 count.update(found)
-    os.makedirs(f"data/{args.name}", exist_ok=True)
+    if read < meta["train"]["stories"] + meta["val"]["stories"]:
+        sys.exit(f"the files of data/{args.dataset} were split into stories at lines or blank lines, which is not known "
+                 "here: put <|endoftext|> between the stories, and prepare them again")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     written = Counter()
-    with atomic_write(f"data/{args.name}/stories.jsonl") as file:
-        for path, split in sources:
-            for record in read_records(path, meta["field"]):
+    with atomic_write(path) as file:
+        for source, split in sources:
+            for record in read_records(source, meta["field"]):
                 labels = label(record["story"], forms, counts)
                 written.update(["stories", *labels["features"]])
-                line = {"story": record["story"], **labels, **({"split": split} if split else {})}
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({**record, **labels, **({"split": split} if split else {})}) + "\n")
     stories = written.pop("stories")
     shares = ", ".join(f"{name} {count / stories:.0%}" for name, count in written.most_common())
-    print(f"{stories:,} stories ({shares}) in data/{args.name}/stories.jsonl: python prepare.py --dataset={args.name} "
+    print(f"{stories:,} stories ({shares}) in {path}: python prepare.py --dataset={args.name} "
           f"--instruct --tokenizer={args.dataset}")
 
 

@@ -55,3 +55,34 @@ def test_labelled_stories_are_graded_by_the_rules_that_labelled_them(labelled, w
     write_jsonl(workplace / "data/told/stories.jsonl", labelled)
     tests = completions.feature_tests("told")
     assert tests["moral value"] != label.FEATURE_RULES["moral value"] and tests["bad ending"](STORIES["bad ending"])
+
+
+def test_nothing_is_overwritten_and_nothing_is_read_twice(labelled, workplace):
+    before = (workplace / "data/told/stories.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="choose another --name"):
+        label.main(["--dataset=plain"])
+    assert (workplace / "data/told/stories.jsonl").read_bytes() == before
+    (workplace / "plain-train.txt").unlink()
+    with pytest.raises(SystemExit, match="plain-train.txt"):
+        label.main(["--dataset=plain", "--name=again"])
+    assert not (workplace / "data/again").exists()
+
+
+def test_what_records_say_stays(workplace):
+    records = [{"story": f"It was day {n}. {STORIES['']}", "summary": "Lily saw a dog.", "words": ["sing"]}
+               for n in range(60)]
+    write_jsonl(workplace / "data/mine/stories.jsonl", records)
+    prepare(["--dataset=mine", "--vocab_size=400", "--val_fraction=0.3"])
+    label.main(["--dataset=mine", "--name=told"])
+    with open("data/told/stories.jsonl") as file:
+        told = [json.loads(line) for line in file]
+    assert [record["summary"] for record in told] == ["Lily saw a dog."] * 60
+    assert all("sing" not in record["words"] and "split" not in record for record in told)
+
+
+def test_text_that_was_split_at_lines_is_not_taken_for_one_story(workplace):
+    (workplace / "lines.txt").write_text("".join(f"It was day {n}. {STORIES['']}\n" for n in range(60)))
+    prepare(["--dataset=lines", "--input=lines.txt", "--split=line", "--vocab_size=400", "--val_fraction=0.3"])
+    with pytest.raises(SystemExit, match="endoftext"):
+        label.main(["--dataset=lines"])
+    assert not (workplace / "data/told").exists()
