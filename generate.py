@@ -183,19 +183,19 @@ AFTER_STORY = [
     r"(?:note|word count)\b[^\n]*:[^\n]*(?:\b(?:story|words?)\b|\d)",
     r"(?:words|features) used\b",
     r"enjoy(?: the story)?!"]
-# What no story for children has. If it is still there when the rest is taken off, the whole answer is rejected. Weak
-# models go on about the task when they run out of story.
+# What no story for children has. If it is still there when the rest is taken off, the whole answer is rejected.
 NO_STORY = "|".join([
-    r"(?i)\b(?:summary:|(?:in|the|this) summary\b|sentences?\b|paragraphs?\b)",
-    r"(?:\A|\n)\W*the (?:story|end of the story) (?:(?:is|was|has) (?!over)|unfolds|goes on"
-    r"|(?:begins|starts|started|ends|ended) (?:with|on|in|when)\b)",
-    r"</?\|?[a-z][^<>\n]*>|\|>|```|\A[{\[<]",
+    r"(?i)</?\|?[a-z][^<>\n]*>|\|>|```|\A[{\[<]",
     r"\bthe user\b|\bthe (?:verb|noun|adjective)\b (?!was\b)|\bthought process\b|[\ufffd\x00]",
     r"\A\W*(?:thoughts?|reasoning|thinking(?: process)?|draft(?: \d+)?|plan)\b\W*(?::|\n|\.\.\.)",
     r"\A\W*(?:let me think|first, i|hmm|okay, the)\b",
     r"\A[^\n]*\bi (?:need|should|have|must)(?: to)? (?:use|write|include)\b",
     rf"\A(?:{YES}|yes|great|alright)\b[,.!]* (?:i|here|let)\b|\Ai['’]?[\w ]* happy to help[.!]",
     r"\A(?:so,? )?(?:we|i|let)\b[^.!?\n]*\b(?:write|create|craft)\b[^.!?\n]*\b(?:story|tale)\b"])
+# Weak models go on about the task when they run out of story.
+ABOUT_THE_TASK = (r"(?i)\b(?:summary:|(?:in|the|this) summary\b|sentences?\b|paragraphs?\b)"
+                  r"|(?:\A|\n)\W*the (?:story|end of the story) (?:(?:is|was|has) (?!over)|unfolds|goes on"
+                  r"|(?:begins|starts|started|ends|ended) (?:with|on|in|when)\b)")
 
 
 def without_talk(text):
@@ -238,7 +238,7 @@ def why_rejected(story, answer, words, fingerprints):
         return "refused"
     if not story:
         return "empty"
-    if re.search(NO_STORY, story):
+    if re.search(NO_STORY, story) or re.search(ABOUT_THE_TASK, story):
         return "thoughts or talk"
     if answer.finish == "length" or not ends_well(story):
         return "cut off"

@@ -148,7 +148,7 @@ def feature_tests(dataset, n=8_000):
     tests = {}
     for feature, count in Counter(feature for features, *_ in stories for feature in features).items():
         share, rule = count / len(stories), FEATURE_RULES.get(feature)
-        if rule and all(rule(text) == (feature in features) for features, text, _ in stories):
+        if rule and np.mean([rule(text) == (feature in features) for features, text, _ in stories]) > 0.98:
             tests[feature] = rule
         elif share < 0.5:
             with_it = Counter(g for features, _, fourgrams in stories if feature in features for g in fourgrams)

@@ -1,11 +1,11 @@
 """Label stories with what stands in them, so that a model can learn to follow instructions.
 
-    python -m lab.label --dataset=tinystories --name=told          writes data/told/stories.jsonl
-    python prepare.py --dataset=told --instruct --tokenizer=tinystories
+    python -m lab.label --dataset=tinystories --name=labelled      writes data/labelled/stories.jsonl
+    python prepare.py --dataset=labelled --instruct --tokenizer=tinystories
 
 A large model that is asked for stories (generate.py) is told which words and features to use, and the published archive
 of TinyStories says what its stories were asked for. Other stories come without. Here, rules tell which words and
-features they could have been asked for; a summary cannot be had by rule."""
+features they could have been asked for. The rules are rough, and a summary cannot be had by rule."""
 import json
 import os
 import random
@@ -64,26 +64,29 @@ def label(story, forms, counts):
 def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
     parser.option("dataset", "tinystories", "a prepared dataset, whose files of stories are read")
-    parser.option("name", "told", "folder under data/ to write to")
+    parser.option("name", "labelled", "folder under data/ to write to")
     parser.option("words", WORDS_FILE, "words to look for")
     args = parser.parse_args(argv)
     meta, forms = load_meta(args.dataset), known_forms(load_words(args.words))
     path = f"data/{args.name}/stories.jsonl"
     if os.path.exists(path):
         sys.exit(f"{path} exists: delete it, or choose another --name")
-    sources = [(source["file"], source["split"]) for source in meta["source"] if source["split"] != "published"]
-    for source, _ in sources:
-        if not os.path.exists(source):
+    if meta.get("split", "eot") != "eot":
+        sys.exit(f"the files of data/{args.dataset} are split at each {meta['split']}: put <|endoftext|> between the "
+                 "stories, and prepare them again")
+    sources = [(source["file"], source["split"]) for source in meta["source"]]
+    for source, split in sources:
+        if split == "published":
+            sys.exit(f"data/{args.dataset} has words and features of its own: python prepare.py --dataset={args.dataset} "
+                     "--instruct")
+        if not os.path.isfile(source):
             sys.exit(f"{source}, from which data/{args.dataset} was prepared, is not here: put it there again")
-    counts, read = [Counter() for _ in forms], 0  # counts: how many stories have each word
+    has_val = "val" in [split for _, split in sources]  # else one story in a hundred is, whatever the files are called
+    counts = [Counter() for _ in forms]  # how many stories have each word
     for source, _ in sources:
         for record in read_records(source, meta["field"]):
-            read += 1
             for count, found in zip(counts, words_in(record["story"], forms)):
                 count.update(found)
-    if read < meta["train"]["stories"] + meta["val"]["stories"]:
-        sys.exit(f"the files of data/{args.dataset} were split into stories at lines or blank lines, which is not known "
-                 "here: put <|endoftext|> between the stories, and prepare them again")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     written = Counter()
     with atomic_write(path) as file:
@@ -91,7 +94,7 @@ def main(argv=None):
             for record in read_records(source, meta["field"]):
                 labels = label(record["story"], forms, counts)
                 written.update(["stories", *labels["features"]])
-                file.write(json.dumps({**record, **labels, **({"split": split} if split else {})}) + "\n")
+                file.write(json.dumps({**({"split": split} if has_val and split else {}), **record, **labels}) + "\n")
     stories = written.pop("stories")
     shares = ", ".join(f"{name} {count / stories:.0%}" for name, count in written.most_common())
     print(f"{stories:,} stories ({shares}) in {path}: python prepare.py --dataset={args.name} "

@@ -280,6 +280,10 @@ def test_the_summary_is_one_sentence_however_it_is_marked(summary):
         assert generate.split_answer(f"{CAT}\n\n{summary}".replace("\n", newline)) == (CAT, "It slept.")
 
 
+def test_a_summary_may_speak_of_the_story():
+    assert generate.split_answer(f"{CAT}\n\nSummary: The story is about a cat.")[1] == "The story is about a cat."
+
+
 @pytest.mark.parametrize("thought", [
     "Let me think. The words are jump, dog and red.", "First, I need to use the word jump.", "Hmm, a dog.", "Draft 1:",
     "Thought: a dog.", "Reasoning: a dog is good.", "Thinking Process:\n\n1. A dog.", "Thinking...\nA dog.",

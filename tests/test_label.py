@@ -26,7 +26,7 @@ def labelled(workplace):
         (workplace / f"plain-{split}.txt").write_text(text)
     prepare(["--dataset=plain", f"--input={workplace}", "--vocab_size=400"])
     label.main(["--dataset=plain"])
-    with open("data/told/stories.jsonl") as file:
+    with open("data/labelled/stories.jsonl") as file:
         return [json.loads(line) for line in file]
 
 
@@ -47,37 +47,40 @@ def test_a_label_depends_on_the_story_and_the_counts_alone():
 
 
 def test_labelled_stories_are_graded_by_the_rules_that_labelled_them(labelled, workplace):
-    prepare(["--dataset=told", "--instruct=True", "--tokenizer=plain"])
-    assert load_meta("told")["train"]["stories"] == 160
-    tests = completions.feature_tests("told")
+    prepare(["--dataset=labelled", "--instruct=True", "--tokenizer=plain"])
+    assert load_meta("labelled")["train"]["stories"] == 160
+    tests = completions.feature_tests("labelled")
     assert tests == label.FEATURE_RULES
-    labelled[0]["features"] = ["moral value", "plot twist"]  # says a large model, which may see more than the rule
-    write_jsonl(workplace / "data/told/stories.jsonl", labelled)
-    tests = completions.feature_tests("told")
+    for record in labelled[:40]:
+        record["features"] = ["moral value", "plot twist"]  # says a large model, which may see more than the rule
+    write_jsonl(workplace / "data/labelled/stories.jsonl", labelled)
+    tests = completions.feature_tests("labelled")
     assert tests["moral value"] != label.FEATURE_RULES["moral value"] and tests["bad ending"](STORIES["bad ending"])
 
 
-def test_nothing_is_overwritten_and_nothing_is_read_twice(labelled, workplace):
-    before = (workplace / "data/told/stories.jsonl").read_bytes()
+def test_nothing_is_overwritten_and_a_missing_file_is_named(labelled, workplace):
+    before = (workplace / "data/labelled/stories.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="choose another --name"):
         label.main(["--dataset=plain"])
-    assert (workplace / "data/told/stories.jsonl").read_bytes() == before
+    assert (workplace / "data/labelled/stories.jsonl").read_bytes() == before
     (workplace / "plain-train.txt").unlink()
     with pytest.raises(SystemExit, match="plain-train.txt"):
         label.main(["--dataset=plain", "--name=again"])
     assert not (workplace / "data/again").exists()
 
 
-def test_what_records_say_stays(workplace):
+def test_what_else_records_say_stays(workplace):
     records = [{"story": f"It was day {n}. {STORIES['']}", "summary": "Lily saw a dog.", "words": ["sing"]}
                for n in range(60)]
-    write_jsonl(workplace / "data/mine/stories.jsonl", records)
+    write_jsonl(workplace / "data/mine/mine-train.jsonl", records)
     prepare(["--dataset=mine", "--vocab_size=400", "--val_fraction=0.3"])
-    label.main(["--dataset=mine", "--name=told"])
-    with open("data/told/stories.jsonl") as file:
+    label.main(["--dataset=mine", "--name=labelled"])
+    with open("data/labelled/stories.jsonl") as file:
         told = [json.loads(line) for line in file]
     assert [record["summary"] for record in told] == ["Lily saw a dog."] * 60
     assert all("sing" not in record["words"] and "split" not in record for record in told)
+    prepare(["--dataset=labelled", "--instruct=True", "--tokenizer=mine", "--val_fraction=0.3"])
+    assert load_meta("labelled")["val"]["stories"] == load_meta("mine")["val"]["stories"] > 0
 
 
 def test_text_that_was_split_at_lines_is_not_taken_for_one_story(workplace):
@@ -85,4 +88,4 @@ def test_text_that_was_split_at_lines_is_not_taken_for_one_story(workplace):
     prepare(["--dataset=lines", "--input=lines.txt", "--split=line", "--vocab_size=400", "--val_fraction=0.3"])
     with pytest.raises(SystemExit, match="endoftext"):
         label.main(["--dataset=lines"])
-    assert not (workplace / "data/told").exists()
+    assert not (workplace / "data/labelled").exists()
