@@ -257,27 +257,12 @@ def stream_story(model, encoding, prompt, **settings):
     print()
 
 
-def is_utf8(text):
-    """Whether text that was typed is UTF-8: Python reads other bytes as half surrogate pairs, which nothing encodes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def without_last_space(prompt):
-    """A prompt without white space at its end. A token holds the space before a word, so the model writes it itself;
-    after one that stands alone, it would begin in the middle of a word."""
-    return prompt.rstrip()
-
-
 def chat(model, encoding, instructions, settings, parser):
     """Read beginnings from the terminal and continue them. A line like /temperature=0.5 changes a setting."""
     print("Type the beginning of a story, and the model continues it. An empty line lets the model begin.\n"
           "/temperature=0.5 changes a setting, / shows them all, /quit or Ctrl-C ends.")
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 would end the program
+        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 would end the program
     while True:
         try:
             line = input("> ")
@@ -289,11 +274,8 @@ def chat(model, encoding, instructions, settings, parser):
         if line.startswith("/"):
             change_setting(line[1:].strip(), settings, parser)
             continue
-        if not is_utf8(line):
-            print("what you typed is not UTF-8: set the terminal to UTF-8")
-            continue
         try:
-            stream_story(model, encoding, instructions + without_last_space(line), **settings)
+            stream_story(model, encoding, instructions + line.rstrip(), **settings)
         except KeyboardInterrupt:  # ends this story, not the program
             print()
         settings["seed"] += 1  # otherwise the same beginning would always get the same story
@@ -325,7 +307,6 @@ def command_line():
     parser.add_argument("run", nargs="?", default="", help="its folder, or a checkpoint in it (default: the newest)")
     parser.option("out_dir", "", "another way to name the run, as with train.py")
     parser.option("prompt", "", "how the stories begin")
-    parser.option("prompt_file", "", "a file with the beginning")
     parser.option("num_samples", 1, "number of stories, written in batches", low=1)
     parser.option("max_tokens", 500, "length limit of a story", low=1, high=1_000_000)
     parser.option("temperature", 0.8, "0 always takes the likeliest token, 1 draws by the model's probabilities", low=0)
@@ -346,23 +327,6 @@ def command_line():
     return parser
 
 
-def read_prompt(args):
-    """The beginning that --prompt or --prompt_file gives."""
-    if args.prompt and args.prompt_file:
-        sys.exit("give --prompt or --prompt_file, not both")
-    if not is_utf8(args.prompt + args.words + args.features + args.summary):
-        sys.exit("--prompt or an instruction is not UTF-8: set the terminal to UTF-8, or give --prompt_file")
-    if not args.prompt_file:
-        return without_last_space(args.prompt)
-    try:
-        with open(args.prompt_file, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
-            return file.read().rstrip()
-    except OSError as error:
-        sys.exit(f"cannot read --prompt_file={args.prompt_file}: {error.strerror}")
-    except UnicodeError:
-        sys.exit(f"--prompt_file={args.prompt_file} is not UTF-8: save the file as UTF-8")
-
-
 def read_instructions(args, checkpoint):
     """What stands before the story for a model trained on instructions, and "" for any other model."""
     fields = {name: getattr(args, name) for name in ("features", "words", "summary") if getattr(args, name)}
@@ -376,10 +340,14 @@ def read_instructions(args, checkpoint):
 def main(argv=None):
     parser = command_line()
     args = parser.parse_args(argv)
-    prompt = read_prompt(args)
+    try:
+        (args.prompt + args.words + args.features + args.summary).encode()
+    except UnicodeEncodeError:
+        sys.exit("--prompt or an instruction is not UTF-8: set the terminal to UTF-8")
+    prompt = args.prompt.rstrip()  # a token holds the space before a word, so the model writes it itself
     if (args.interactive or args.serve) and (prompt or args.num_samples > 1 or args.interactive and args.serve):
-        sys.exit("--interactive and --serve ask for each beginning: leave out --prompt, --prompt_file, --num_samples "
-                 "and the other of the two")
+        sys.exit("--interactive and --serve ask for each beginning: leave out --prompt, --num_samples and the other of "
+                 "the two")
     device, dtype = pick_device(args.device, args.dtype)
     run = args.run or args.out_dir or newest_run()
     model, checkpoint, encoding = load_run(run, device)

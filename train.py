@@ -440,21 +440,13 @@ def open_run_folder(run):
     """Create the run's folder, copy the tokenizer into it, and start the log, or trim it for a resumed run."""
     if run.rank == 0:
         has_checkpoint = os.path.exists(os.path.join(run.out_dir, "ckpt.pt"))  # which stays until the next is written
-        check_writable(run.out_dir, checkpoint_bytes(run) * (1 if has_checkpoint else 2))
+        # a checkpoint has at most three numbers of 4 bytes per weight: itself, and the two averages of AdamW
+        check_writable(run.out_dir, 12 * run.model.num_params() * (1 if has_checkpoint else 2))
         os.makedirs(run.out_dir, exist_ok=True)
         lock_folder(run)
         tokenizer = "tokenizer.tiktoken"  # its content alone: data/ may be write-protected
         shutil.copyfile(os.path.join("data", run.data.first, tokenizer), os.path.join(run.out_dir, tokenizer))
         trim_log(run.log_path, run.step)
-
-
-def checkpoint_bytes(run):
-    """About how large a checkpoint is. It has three numbers per parameter, all in float32: the weight and the two
-    averages of AdamW. Muon keeps one, and its averages of rows are too few to count."""
-    numbers = 3 * run.model.num_params()
-    if run.args.optimizer == "muon":
-        numbers -= run.model.num_params(embedding=False)
-    return 4 * numbers
 
 
 def describe(run):
@@ -468,11 +460,11 @@ def describe(run):
     run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
-    n_bytes = checkpoint_bytes(run) + 4 * model.num_params()  # with the gradients
+    n_bytes = 16 * model.num_params()  # as in open_run_folder, and the gradients
     compiled = ", compiled" if run.compiling else ""
     run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embeddings and head; "
             f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; weights, gradients and optimizer take "
-            f"{n_bytes / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
+            f"up to {n_bytes / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
 
 
 def prepare_forward(run):

@@ -10,7 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from ask import text_of
-from sample import without_last_space, write_story
+from sample import write_story
 
 LONGEST = 1 << 16  # bytes of a request
 RANGES = {"max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.01, 1), "seed": (0, 2**31)}
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, TypeError, AttributeError, RecursionError) as error:  # not JSON, or no object
             return self.reply(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
         if "Story:" not in prompt:
-            prompt = self.server.instructions + without_last_space(prompt)
+            prompt = self.server.instructions + prompt.rstrip()
         with self.server.lock:
             self.answer(prompt, {**self.server.settings, **settings}, is_chat, request.get("stream"))
             self.server.settings["seed"] += 1  # else the next request that names none would get the same story

@@ -52,10 +52,11 @@ def test_labelled_stories_are_graded_by_the_rules_that_labelled_them(labelled, w
     tests = completions.feature_tests("labelled")
     assert tests == label.FEATURE_RULES
     for record in labelled[:40]:
-        record["features"] = ["moral value", "plot twist"]  # says a large model, which may see more than the rule
+        record["features"] += {"moral value"}.difference(record["features"])  # a large model may see more than the rule
     write_jsonl(workplace / "data/labelled/stories.jsonl", labelled)
     tests = completions.feature_tests("labelled")
-    assert tests["moral value"] != label.FEATURE_RULES["moral value"] and tests["bad ending"](STORIES["bad ending"])
+    assert tests["moral value"] != label.FEATURE_RULES["moral value"]
+    assert tests["bad ending"] == label.FEATURE_RULES["bad ending"]
 
 
 def test_nothing_is_overwritten_and_a_missing_file_is_named(labelled, workplace):

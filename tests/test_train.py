@@ -661,7 +661,7 @@ def test_a_disk_without_room_for_two_checkpoints_is_found_before_the_first_step(
         assert not os.path.exists("out/roomy")
     run("roomy", "--max_steps=3")
     size = os.path.getsize("out/roomy/ckpt.pt")
-    assert 0.9 < asked[0] / (2 * size) < 1.1
+    assert 0.9 < asked[0] / (2 * size) < 1.3  # Muon keeps one average
     monkeypatch.setattr(train, "check_writable", check_writable)
     with pytest.raises(SystemExit, match="no room"):
         run("roomy", "--max_steps=6", "--resume")
