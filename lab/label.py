@@ -77,8 +77,8 @@ def main(argv=None):
     sources = [(source["file"], source["split"]) for source in meta["source"]]
     for source, split in sources:
         if split == "published":
-            sys.exit(f"data/{args.dataset} has words and features of its own: python prepare.py --dataset={args.dataset} "
-                     "--instruct")
+            sys.exit(f"data/{args.dataset} has words and features of its own: "
+                     f"python prepare.py --dataset={args.dataset} --version=all --instruct")
         if not os.path.isfile(source):
             sys.exit(f"{source}, from which data/{args.dataset} was prepared, is not here: put it there again")
     has_val = "val" in [split for _, split in sources]  # else one story in a hundred is, whatever the files are called
