@@ -475,7 +475,7 @@ def prepare(args):
             meta[split]["bits_per_byte"] = totals[split]["bits"] / totals[split]["bytes"]
     meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage, "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
     meta["source"] = [{"file": path, "split": split, "bytes": os.path.getsize(path)} for path, split in files]
-    meta["field"], meta["split"] = args.field, args.split
+    meta.update(field=args.field, split=args.split, val_fraction=args.val_fraction)
     meta["cleaning"] = cleaning
     meta["instruct"] = {"hold_out": args.hold_out} if args.instruct else False
     with open(f"{new}/meta.json", "w") as file:

@@ -69,19 +69,21 @@ def main(argv=None):
     args = parser.parse_args(argv)
     meta, forms = load_meta(args.dataset), known_forms(load_words(args.words))
     path = f"data/{args.name}/stories.jsonl"
+    if args.name in ("", args.dataset):
+        sys.exit("--name must be that of a new folder under data/")
     if os.path.exists(path):
         sys.exit(f"{path} exists: delete it, or choose another --name")
     if meta.get("split", "eot") != "eot":
-        sys.exit(f"the files of data/{args.dataset} are split at each {meta['split']}: put <|endoftext|> between the "
-                 "stories, and prepare them again")
+        sys.exit(f"data/{args.dataset} was prepared with --split={meta['split']}: put <|endoftext|> between its "
+                 "stories instead, and prepare them again")
     sources = [(source["file"], source["split"]) for source in meta["source"]]
     for source, split in sources:
         if split == "published":
             sys.exit(f"data/{args.dataset} has words and features of its own: "
                      f"python prepare.py --dataset={args.dataset} --version=all --instruct")
         if not os.path.isfile(source):
-            sys.exit(f"{source}, from which data/{args.dataset} was prepared, is not here: put it there again")
-    has_val = "val" in [split for _, split in sources]  # else one story in a hundred is, whatever the files are called
+            sys.exit(f"{source} is not here: put it there again, or prepare data/{args.dataset} from another file")
+    has_val = "val" in [split for _, split in sources]  # else --val_fraction is held out, whatever the files are called
     counts = [Counter() for _ in forms]  # how many stories have each word
     for source, _ in sources:
         for record in read_records(source, meta["field"]):
@@ -97,8 +99,9 @@ def main(argv=None):
                 file.write(json.dumps({**({"split": split} if has_val and split else {}), **record, **labels}) + "\n")
     stories = written.pop("stories")
     shares = ", ".join(f"{name} {count / stories:.0%}" for name, count in written.most_common())
-    print(f"{stories:,} stories ({shares}) in {path}: python prepare.py --dataset={args.name} "
-          f"--instruct --tokenizer={args.dataset}")
+    same_share = "" if has_val else f" --val_fraction={meta.get('val_fraction', 0.01)}"  # holds the same stories out
+    print(f"{stories:,} stories ({shares}) in {path}: python prepare.py --dataset={args.name} --instruct "
+          f"--tokenizer={args.dataset}{same_share}")
 
 
 if __name__ == "__main__":

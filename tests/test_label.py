@@ -70,17 +70,22 @@ def test_nothing_is_overwritten_and_a_missing_file_is_named(labelled, workplace)
     assert not (workplace / "data/again").exists()
 
 
-def test_what_else_records_say_stays(workplace):
+def test_what_else_records_say_stays(workplace, capsys):
     records = [{"story": f"It was day {n}. {STORIES['']}", "summary": "Lily saw a dog.", "words": ["sing"]}
                for n in range(60)]
     write_jsonl(workplace / "data/mine/mine-train.jsonl", records)
     prepare(["--dataset=mine", "--vocab_size=400", "--val_fraction=0.3"])
-    label.main(["--dataset=mine", "--name=labelled"])
+    for name in ("", "mine"):
+        with pytest.raises(SystemExit, match="--name must be"):
+            label.main(["--dataset=mine", f"--name={name}"])
+    capsys.readouterr()
+    label.main(["--dataset=mine"])
+    _, _, printed = capsys.readouterr().out.partition("python prepare.py ")
     with open("data/labelled/stories.jsonl") as file:
         told = [json.loads(line) for line in file]
     assert [record["summary"] for record in told] == ["Lily saw a dog."] * 60
     assert all("sing" not in record["words"] and "split" not in record for record in told)
-    prepare(["--dataset=labelled", "--instruct=True", "--tokenizer=mine", "--val_fraction=0.3"])
+    prepare(printed.split())
     assert load_meta("labelled")["val"]["stories"] == load_meta("mine")["val"]["stories"] > 0
 
 
