@@ -1,7 +1,7 @@
 """Lesson 11: most of the speed is in a few switches.
 
 Bits per byte after one minute on real TinyStories. Runs 1 to 9 turn one more switch each; 10 and 11 each make one
-change to run 9. `long` gives the best run with AdamW, the fourth, as many tokens as it needs to catch up.
+change to run 9. `long` gives the best run with AdamW, the fourth, more than twice its tokens.
 """
 from lesson import command_line, grade, prepare, run_main, train
 

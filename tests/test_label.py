@@ -33,7 +33,7 @@ def labelled(workplace):
 def test_words_and_features_stand_in_the_stories_that_have_them(labelled):
     assert len(labelled) == 200 and Counter(record["split"] for record in labelled) == {"train": 160, "val": 40}
     for record in labelled:
-        assert [record["story"].split(". ", 1)[1]] == [STORIES[", ".join(record["features"])]]
+        assert record["story"].split(". ", 1)[1] == STORIES[", ".join(record["features"])]
         assert len(set(record["words"])) == 3 and not missing_words(record["words"], record["story"])
     drawn = Counter(record["words"][1] for record in labelled if "Tim met" in record["story"])
     assert drawn["fox"] > drawn["day"] + 10  # "day" is in all of the 200 stories, "fox" in 50
