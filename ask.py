@@ -265,18 +265,15 @@ def text_of(content):
 
 def in_words(problem):
     """What a server reports as an error, such as {"message", "type", "code"}, as a text that is not empty."""
-    text = ""
-    if isinstance(problem, dict):
-        text = " ".join(str(value) for value in problem.values() if value)
+    text = " ".join(str(value) for value in problem.values() if value) if isinstance(problem, dict) else ""
     return text or str(problem).strip() or "no message"
 
 
 def read_error(error, sent, prompt):
     """The Answer for an exception of the openai library: a status that is an error, or no reply at all."""
     status, cause = getattr(error, "status_code", 0), type(error.__cause__).__name__
-    answer = Answer(sent["model"], NO_TOKENS, error=in_words(error.body), status=status)
-    if not status:
-        answer.error = f"{error} ({error.__cause__})"
+    problem = in_words(error.body) if status else f"{error} ({error.__cause__})"
+    answer = Answer(sent["model"], NO_TOKENS, error=problem, status=status)
     if cause in ("ReadTimeout", "ReadError", "RemoteProtocolError") or status in (504, 524):  # gateways' time-outs
         answer.lost, answer.tokens = True, most_tokens(prompt, sent)
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1)):
@@ -328,7 +325,7 @@ class Asking:
         self.client, self.request, self.store, self.bar = client, request, store, bar
         self.args, self.tokens = args, tokens
         self.queue = deque()  # the tasks that come next: new ones, rejected ones and failed ones
-        self.under_way = {}  # {Future of an Answer: Task}
+        self.in_flight = {}  # {Future of an Answer: Task}
         self.slots = args.concurrency  # requests that may be under way
         self.failed = self.rejected = self.cut_off = 0  # in a row: tasks given up, rejected answers, too long ones
         self.warned = False  # whether the user knows that a request failed
@@ -338,30 +335,30 @@ class Asking:
     def start(self, pool):
         """Start requests, as many as the slots and --max_cost allow."""
         for _ in range(len(self.queue)):
-            if self.stop or len(self.under_way) >= int(self.slots):
+            if self.stop or len(self.in_flight) >= int(self.slots):
                 return
             task = self.queue.popleft()
             if time.monotonic() < task.not_before:
                 self.queue.append(task)
                 continue
             cost = Counter(self.tokens)
-            for each in (task, *self.under_way.values()):
+            for each in (task, *self.in_flight.values()):
                 cost.update(most_tokens(each.prompt, self.args.request))
             if dollars(self.args, **cost) > self.args.max_cost:
                 self.queue.appendleft(task)
-                if not self.under_way:  # those might have cost less than the worst case
+                if not self.in_flight:  # those might have cost less than the worst case
                     self.stop = SystemExit(f"the next answer might pass --max_cost={self.args.max_cost:g}")
                 return
-            self.under_way[pool.submit(ask, self.client, self.request, task.prompt)] = task
+            self.in_flight[pool.submit(ask, self.client, self.request, task.prompt)] = task
 
     def collect(self):
         """Wait until answers have come or a pause is over, at most 0.2 seconds, and store the answers."""
         pauses = [task.not_before - time.monotonic() for task in self.queue]
         timeout = min([0.2, *(pause for pause in pauses if pause > 0)])  # Ctrl-C cannot end a wait on Windows
-        if not self.under_way:
+        if not self.in_flight:
             time.sleep(timeout)
-        for future in wait(self.under_way, timeout, FIRST_COMPLETED).done:
-            task = self.under_way.pop(future)
+        for future in wait(self.in_flight, timeout, FIRST_COMPLETED).done:
+            task = self.in_flight.pop(future)
             try:
                 self.handle(task, future.result())
             except Exception as exception:  # a full disk or a bug: raise it after the other answers are stored
@@ -430,15 +427,15 @@ def ask_all(client, request, tasks, store, bar, args, tokens):
     with stop_signals() as signals, bar:
         while True:
             # the queue and the requests under way are never more than --concurrency together
-            asking.queue.extend(islice(tasks, args.concurrency - len(asking.queue) - len(asking.under_way)))
+            asking.queue.extend(islice(tasks, args.concurrency - len(asking.queue) - len(asking.in_flight)))
             asking.start(pool)
-            if not asking.under_way and (asking.stop or not asking.queue):
+            if not asking.in_flight and (asking.stop or not asking.queue):
                 break
             asking.collect()
             if signals and not asking.stop:  # after a first Ctrl-C, only wait for the answers under way
                 asking.stop = KeyboardInterrupt("stopped")
                 signal.signal(signal.SIGINT, drop_answers)
-                if asking.under_way:
+                if asking.in_flight:
                     bar.write("waiting for the answers under way; Ctrl-C again drops them", file=sys.stderr)
     pool.shutdown()
     if asking.stop or asking.last_error:
@@ -453,19 +450,6 @@ def drop_answers(number, frame):
 # -----------------------------------------------------------------------------------------------------------------
 # files of one JSON object per line. They are only appended to, so a process that is killed damages at most the last
 # line
-
-
-def read_lines(path):
-    """Yield the objects of a file, if it exists. A last line that is only half written is skipped."""
-    if not os.path.exists(path):
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                if line.endswith(b"\n"):
-                    sys.exit(f"{path}, line {number} is not JSON: correct or delete that line")
 
 
 def open_to_append(path):

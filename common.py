@@ -27,8 +27,7 @@ if sys.version_info < (3, 11):
              "environment with it, and run pip install -r requirements.txt in that")
 
 # Options of train.py that do not change what a run learns: batch_size only sets the micro-batch size, and size is
-# stored as the shape it stands for. Runs that differ only in these and in the seed are repetitions of the same
-# experiment.
+# stored as the shape it stands for.
 HOUSEKEEPING = ("out_dir", "resume", "evals", "eval_stories", "log_interval", "keep", "device", "compile",
                 "batch_size", "size")
 # Options that may differ between a run and its continuation.
@@ -67,11 +66,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def option(self, name, default, help, type=None, choices=None, low=None, high=None):
         """Add `--name`, of its default's type; values must be between `low` and `high`, inclusive."""
-        metavar = name.upper()  # what --help shows as the value
-        if choices:
-            metavar = "{" + ",".join(map(str, choices)) + "}"
         if isinstance(default, bool):  # a switch: `--name` alone means True
-            type, metavar = parse_bool, "{True,False}"
+            type, choices = parse_bool, (True, False)
             self.switches.add(f"--{name}")
         if name in ("dataset", "name"):
             type = dataset_name
@@ -79,7 +75,7 @@ class CommandLine(argparse.ArgumentParser):
             help += f" (default: {default})"
         self.ranges[name] = (low, high, default)
         self.add_argument(f"--{name}", default=default, type=type or default.__class__, choices=choices,
-                          help=help.replace("%", "%%"), metavar=metavar)  # argparse formats help with %
+                          help=help.replace("%", "%%"))  # argparse formats help with %
 
     def problem(self, name, value):
         """One line that says what is wrong with a value of `--name`, or "" if nothing is."""
@@ -96,11 +92,11 @@ class CommandLine(argparse.ArgumentParser):
             return f"--{name}={value} is not a number, or too large"
         return ""
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None):
         """The options as a namespace; args=None reads those of this process."""
         args = sys.argv[1:] if args is None else args
         args = [arg + "=True" if arg in self.switches else arg for arg in args]
-        known, unknown = self.parse_known_intermixed_args(args, namespace)
+        known, unknown = self.parse_known_intermixed_args(args)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
             hint = f"did you mean {near[0]}?" if near else "try --help"
@@ -159,21 +155,13 @@ def run_main(main, lower="the size of the model"):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
     except Exception as error:
-        line = explain(error, lower)
-        if not line:
-            raise
-        sys.exit(line)
-
-
-def explain(error, lower):
-    """One line about an exception that a user or the machine causes, or "" for any other. `lower` takes less memory."""
-    if is_out_of_memory(error):
-        return f"out of memory: close other programs, or lower {lower}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "the disk is full, or your quota is used up: free some space, then run the same command again"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot use {error.filename} ({error.strerror}): change that, or name another file or folder"
-    return ""
+        if is_out_of_memory(error):
+            sys.exit(f"out of memory: close other programs, or lower {lower}")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            sys.exit("the disk is full, or your quota is used up: free some space, then run the same command again")
+        if isinstance(error, OSError) and error.filename is not None:
+            sys.exit(f"cannot use {error.filename} ({error.strerror}): change that, or name another file or folder")
+        raise
 
 
 def is_out_of_memory(error):
@@ -255,13 +243,6 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def print_table(rows):
-    """Print rows of text, the first column left-aligned and the others right-aligned. A row of one cell is a title."""
-    widths = [max(len(row[i]) for row in rows if len(row) > 1) for i in range(len(rows[0]))]
-    for name, *cells in rows:
-        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
-
-
 # -----------------------------------------------------------------------------------------------------------------
 # devices. torch is imported where it is needed: it takes a second, and some scripts do not need it
 
@@ -277,25 +258,21 @@ def pick_device(device="auto", dtype="auto"):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device={device} cannot be used here ({str(error).splitlines()[0]}): try --device=cpu")
+    fast = torch.float32
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8
-        fast = torch.bfloat16 if has_bfloat16 else torch.float16
+        fast = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     elif device.type == "cpu" and cpu_has_bfloat16():
         fast = torch.bfloat16
-    else:
-        fast = torch.float32
     if device.type == "cpu" and usable_cpus() < torch.get_num_threads():
         torch.set_num_threads(usable_cpus())  # more threads than a container may run would wait for each other
-    slow = fast == torch.float32 and dtype == "float16" or fast != torch.bfloat16 and dtype == "bfloat16"
-    if slow:
+    if fast == torch.float32 and dtype == "float16" or fast != torch.bfloat16 and dtype == "bfloat16":
         print(f"this {device.type} device has no instructions for {dtype} and is slow at it: leave --dtype out",
               file=sys.stderr)
     return device, fast if dtype == "auto" else getattr(torch, dtype)
 
 
 def usable_cpus():
-    """How many CPUs this process may use. Linux may allow fewer than the machine has, and a container only a share of
-    their time."""
+    """How many CPUs this process may use: Linux may allow fewer than there are, a container a share of their time."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups, version 2 and 1
         with contextlib.suppress(OSError, ValueError):  # no such file; "max", which means no limit
@@ -339,8 +316,7 @@ def find_device():
 
 
 def cpu_has_bfloat16():
-    """Whether this CPU has instructions for matrix products in bfloat16. Without them it emulates bfloat16, very
-    slowly."""
+    """Whether this CPU has instructions for products in bfloat16, which it would otherwise emulate, very slowly."""
     import torch
     instructions = ("avx512_bf16", "amx_bf16")
     if hasattr(torch.cpu, "get_capabilities"):  # not in older versions of torch
@@ -374,8 +350,7 @@ def peak_memory(device):
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
-    return peak * bytes_per_unit >> 20
+    return peak >> (20 if sys.platform == "darwin" else 10)  # a Mac counts bytes, Linux KB
 
 
 def keep_freed_memory():
@@ -533,13 +508,17 @@ def save_checkpoint(checkpoint, path):
                  "with --resume")
 
 
-def check_resumable(checkpoint, args, defaults, out_dir):
-    """Refuse to continue a run with options different from those it was started with."""
-    for name, value in vars(args).items():
-        before = checkpoint["args"].get(name, defaults[name])  # an option may have been added since then
-        if name not in RESUMABLE and before != value:
-            sys.exit(f"{out_dir} was trained with --{name}={before}, not {value}: resume with that, or start a new run "
-                     "with another --out_dir")
+def read_lines(path):
+    """Yield the objects of a file, if it exists. A last line that is only half written is skipped."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                if line.endswith(b"\n"):
+                    sys.exit(f"{path}, line {number} is not JSON: correct or delete that line")
 
 
 def trim_log(path, step):

@@ -70,12 +70,11 @@ def score(model, tokens, eot, batch_tokens=None, title="evaluating"):
 
     No story sees another. The result does not depend on the batch size: windows of similar length go into one batch,
     padded at the end, where causal attention cannot see the padding."""
-    device = model.head.weight.device
-    if batch_tokens is None and device.type == "cpu":
+    device, best = model.head.weight.device, 2**14
+    if device.type == "cpu":
         # larger batches are slower, but a small model has so little to do in each that its threads mostly wait
-        batch_tokens = min(max(1024, 2**30 // sum(p.numel() for p in model.parameters())), 4096)
-    batch_tokens = batch_tokens or 2**14
-    batch_tokens = min(batch_tokens, 2**27 // model.config.vocab_size)  # at most 512 MB of logits
+        best = min(max(1024, 2**30 // sum(p.numel() for p in model.parameters())), 4096)
+    batch_tokens = min(batch_tokens or best, 2**27 // model.config.vocab_size)  # at most 512 MB of logits
     nats = np.zeros(len(tokens), np.float32)
     remaining = sorted(sliding_windows(tokens, eot, model.config.block_size), key=lambda window: window[1] - window[0])
     was_training = model.training
@@ -136,9 +135,7 @@ def evaluate(model, dataset, max_stories=None):
 def evaluate_mix(model, mix, max_stories=None):
     """`evaluate` of each dataset of a mix {name: weight}, and the mean by these weights."""
     scores = {name: evaluate(model, name, max_stories) for name in mix}
-    result = {}
-    for key in ("val_loss", "val_bpb"):
-        result[key] = sum(weight * scores[name][key] for name, weight in mix.items())
+    result = {key: sum(weight * scores[name][key] for name, weight in mix.items()) for key in ("val_loss", "val_bpb")}
     if len(mix) > 1:
         result.update({f"val_bpb/{name}": scores[name]["val_bpb"] for name in mix})
     return result
@@ -204,8 +201,7 @@ def loss_by_skill(dataset, tokens, nats, starts):
 
     Their shares of the text and of the whole loss show how little the mean loss says about a rare skill."""
     encoding, labels = load_tokenizer(dataset), np.asarray(load_tokens(dataset, "val.skills"))  # (N,) into SKILLS
-    # a word begins with each token that begins with a space, and with each token whose label differs from the one
-    # before
+    # a word begins with each token that begins with a space, or whose label differs from the one before
     has_space = [encoding.decode_single_token_bytes(t)[:1] == b" " for t in range(encoding.eot_token)] + [False]
     is_word_start = np.array(has_space)[tokens] | np.append(False, labels[1:] != labels[:-1])
     n_tokens = sum_by_story(np.ones(len(tokens)), starts)
@@ -261,20 +257,17 @@ def read_spans(dataset, limit, by="skill"):
 
 
 def validation_spans(dataset):
-    """Yield (story, span) for each span of a dataset's validation stories.
-
-    val.bin holds tokens alone, so the spans come from the records that prepare.py read: from those whose text is in
-    val.bin."""
+    """Yield (story, span) for each span of a dataset's validation stories. val.bin holds tokens alone, so they come
+    from the records that prepare.py read, those whose text is in val.bin."""
     if not os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
         return
     meta, encoding = load_meta(dataset), load_tokenizer(dataset)
     val_texts = [encoding.decode(ids.tolist()) for ids in split_stories(load_tokens(dataset, "val"), meta["eot"])]
     in_val = {fingerprint(text.split(instruction({}))[-1]) for text in val_texts}  # without any instructions
-    paths = [source["file"] for source in meta["source"]]
-    for path in paths:
-        if not os.path.isfile(path):  # it may have been a pipe
+    for source in meta["source"]:
+        if not os.path.isfile(source["file"]):  # it may have been a pipe
             continue
-        for record in read_records(path, meta.get("field", "story")):
+        for record in read_records(source["file"], meta.get("field", "story")):
             if record.get("spans") and fingerprint(record["story"]) in in_val:
                 yield from ((record["story"], span) for span in record["spans"])
 
@@ -376,7 +369,7 @@ def grade_probes(subject, probes, measured):
     if not probes:
         return {}
     phrases = [continuation for probe in probes for continuation in probe["right"] + probe["wrong"]]
-    counts = count_phrases(phrases, subject.datasets[0])
+    counts = sum((count_phrases(phrases, name) for name in subject.datasets), Counter())
     passed = passes(subject.model, subject.encoding, probes)
     by_heuristic = [heuristics(probe, counts) for probe in probes]
     figures = {}
@@ -430,26 +423,19 @@ def load_subject(name, device, dataset="", context=0, tokenizer=""):
     about = {"step": checkpoint["step"], "checkpoint": file_hash(path), "settings": experiment_of(checkpoint, context)}
     before = instruction({}) if checkpoint.get("instruct") else ""
     datasets = [dataset] if dataset else checkpoint["datasets"]
-    if not dataset:
-        refuse_changed(name, checkpoint)
+    for each in () if dataset else datasets:
+        if load_meta(each)["tokenizer"]["sha256"] != checkpoint["tokenizer"]:
+            sys.exit(f"data/{each} is not what {name} was trained on: prepare it as it was, or give --dataset={each} "
+                     "to grade the run on other stories")
     check_files(datasets, prefix)
     return Subject(model, encoding, checkpoint["tokenizer"], datasets, before, kept, about, prefix)
 
 
 def check_files(datasets, prefix):
-    """End the program, before a model is graded for minutes, if the figures cannot be written or a dataset is
-    damaged."""
+    """End the program, before minutes of grading, if figures cannot be written or a dataset is damaged."""
     check_writable(os.path.dirname(prefix))
     for dataset in datasets:
         check_bin(dataset, "val")
-
-
-def refuse_changed(run, checkpoint):
-    """End the program if the stories that a run was trained on have been prepared anew with another tokenizer."""
-    for dataset in checkpoint["datasets"]:
-        if load_meta(dataset)["tokenizer"]["sha256"] != checkpoint["tokenizer"]:
-            sys.exit(f"data/{dataset} is not what {run} was trained on: prepare it as it was, or give "
-                     f"--dataset={dataset} to grade the run on other stories")
 
 
 def load_hf_subject(name, device, dataset, tokenizer):
@@ -459,13 +445,11 @@ def load_hf_subject(name, device, dataset, tokenizer):
     if os.path.exists(os.path.join(name[3:], "ckpt.pt")):
         sys.exit(f"{name[3:]} is a run of train.py: leave hf: out")
     from lab.huggingface import load  # only here: it needs transformers
-    folder = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")))
-    prefix = os.path.join(folder, "")
+    prefix = os.path.join("out", "hf-" + os.path.basename(name[3:].rstrip("/")), "")
     check_files([dataset], prefix)
     model, encoding = load(name[3:], device, tokenizer)
-    os.makedirs(folder, exist_ok=True)
-    about = {"checkpoint": name, "settings": name}
-    return Subject(model, encoding, None, [dataset], "", [], about, prefix)
+    os.makedirs(prefix, exist_ok=True)
+    return Subject(model, encoding, None, [dataset], "", [], {"checkpoint": name, "settings": name}, prefix)
 
 
 def experiment_of(checkpoint, context):
@@ -479,8 +463,7 @@ def experiment_of(checkpoint, context):
 
 
 def read_results(subject):
-    """The sections of eval.json, but only if they are about the same checkpoint: a run may have continued since
-    then."""
+    """The sections of eval.json, if they are about the same checkpoint: a run may have continued since then."""
     try:
         with open(subject.path("eval.json"), encoding="utf-8") as file:
             results = json.load(file)

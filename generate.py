@@ -20,12 +20,12 @@ import random
 import re
 import sys
 from collections import Counter
-from itertools import chain
+from itertools import chain, repeat
 
 from tqdm import tqdm
 
-from ask import ask_all, connect, dollars, open_to_append, parse_server_args, read_lines, without_thoughts
-from common import CommandLine, atomic_write, lock, run_main
+from ask import ask_all, connect, dollars, open_to_append, parse_server_args, without_thoughts
+from common import CommandLine, atomic_write, lock, read_lines, run_main
 from records import LETTERS, ends_well, fingerprint, split_words
 
 MAX_REQUESTS = 2  # per story: if the answer is rejected, ask once more, then give up
@@ -88,10 +88,7 @@ def inflections(word, endings=ALL_ENDINGS):
     forms.update(add_ending(word, ending) for ending in endings)
     for singular, plural in [("man$", "men"), ("fe?$", "ves"), ("o$", "oes"), ("([sz])$", r"\1\1es")]:
         forms.add(re.sub(singular, plural, word))  # women, calves, goes, quizzes
-    if word[-1] in "ey":
-        stems = [word, word.removesuffix("e")]  # shyly, ageing, truly
-    else:
-        stems = [word + word[-1]]  # travelled
+    stems = [word, word.removesuffix("e")] if word[-1] in "ey" else [word + word[-1]]  # shyly, truly; travelled
     forms.update(stem + ending for stem in stems for ending in endings if ending != "s")
     return forms
 
@@ -101,13 +98,8 @@ def missing_words(words, story):
 
     A story has a compound such as "ice cream" if it has all its parts."""
     story_words = set(LETTERS.findall(story.lower()))
-    missing = []
-    for i, word in enumerate(words):
-        endings = ENDINGS[i] if i < len(ENDINGS) else ALL_ENDINGS
-        parts = LETTERS.findall(word.lower())
-        if any(story_words.isdisjoint(inflections(part, endings)) for part in parts):
-            missing.append(word)
-    return missing
+    return [word for word, endings in zip(words, chain(ENDINGS, repeat(ALL_ENDINGS)))
+            if any(story_words.isdisjoint(inflections(part, endings)) for part in LETTERS.findall(word.lower()))]
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -303,10 +295,9 @@ class Corpus:
         given_up = sum(count >= MAX_REQUESTS for count in self.rejections.values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         details = f" ({reasons}; see {self.rejected})" if reasons else ""
-        tokens_in, tokens_out = self.tokens["tokens_in"], self.tokens["tokens_out"]
         return (f"{self.stories}: {len(self.done):,} stories, {given_up:,} given up; {self.reasons.total():,} answers "
-                f"rejected{details}; {tokens_in:,} tokens in, {tokens_out:,} out, "
-                f"${dollars(args, tokens_in, tokens_out):,.2f}")
+                f"rejected{details}; {self.tokens['tokens_in']:,} tokens in, {self.tokens['tokens_out']:,} out, "
+                f"${dollars(args, **self.tokens):,.2f}")
 
 
 def write_corpus(corpus, client, args, word_lists):
@@ -335,11 +326,8 @@ def write_corpus(corpus, client, args, word_lists):
         return reason
 
     request = {"temperature": args.temperature, **args.request}
-    try:
-        with open_to_append(corpus.stories) as stories, open_to_append(corpus.rejected) as rejected:
-            ask_all(client, request, tasks(), store, bar, args, corpus.tokens)
-    except OSError as error:
-        sys.exit(f"cannot write in {corpus.folder}: {error.strerror}")
+    with open_to_append(corpus.stories) as stories, open_to_append(corpus.rejected) as rejected:
+        ask_all(client, request, tasks(), store, bar, args, corpus.tokens)
 
 
 def parse_args(argv):
@@ -355,6 +343,8 @@ def parse_args(argv):
                   high=100)
     parser.option("dry_run", False, "only print three prompts, the coverage of the vocabulary and the expected cost")
     args = parse_server_args(parser, argv, "max_tokens")
+    if not args.name:
+        parser.error("--name must name a folder under data/")
     word_lists = [] if args.naive else load_words(args.words)
     triples = math.prod(map(len, word_lists))
     if word_lists and args.n > triples:

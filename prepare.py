@@ -251,7 +251,7 @@ def instruction(fields):
 # make a tokenizer: byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909), as ranks {token's bytes: id} for tiktoken
 
 # GPT-2 splits text into words, and merges bytes only inside them (Radford et al. 2019). The pattern is tiktoken's.
-WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+GPT2_PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 # Text between spaces. A word never crosses such a border, so each different piece is split into words only once.
 PIECES = re.compile(r" ?\S+|\s+(?!\S)|\s")
 # The single bytes in GPT-2's order: the printable ones first.
@@ -345,7 +345,8 @@ def parts_of(token, ranks):
 
 def make_encoding(ranks):
     """The tiktoken.Encoding of ranks. <|endoftext|> gets the next free id."""
-    return tiktoken.Encoding("stories", pat_str=WORDS.pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return tiktoken.Encoding("stories", pat_str=GPT2_PATTERN.pattern, mergeable_ranks=ranks,
+                             special_tokens={EOT: len(ranks)})
 
 
 def make_ranks(plan, args):
@@ -378,7 +379,7 @@ def count_words(chunk, decisions, args):
         if split == "train":
             pieces.update(PIECES.findall(record["story"]))
     for piece, count in pieces.items():
-        for word in WORDS.findall(piece):
+        for word in GPT2_PATTERN.findall(piece):
             if len(word) < 1000:  # training takes quadratic time in the length of a word
                 words[word.encode()] += count
     return words
@@ -423,8 +424,7 @@ def label_tokens(story, ids, spans, encoding):
         check_span(span)
         if span["skill"] not in SKILLS[1:]:
             sys.exit(f"a span has the skill {span['skill']!r}: known are {', '.join(SKILLS[1:])}")
-        start = len(story[:span["start"]].encode())
-        end = len(story[:span["end"]].encode())
+        start, end = (len(story[:span[side]].encode()) for side in ("start", "end"))
         labels[(starts < end) & (ends > start)] = SKILLS.index(span["skill"])  # tokens that overlap with the span
     return labels
 
@@ -475,9 +475,8 @@ def prepare(args):
             meta[split]["bits_per_byte"] = totals[split]["bits"] / totals[split]["bytes"]
     meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage, "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
     meta["source"] = [{"file": path, "split": split, "bytes": os.path.getsize(path)} for path, split in files]
-    meta.update(field=args.field, split=args.split, val_fraction=args.val_fraction)
-    meta["cleaning"] = cleaning
-    meta["instruct"] = {"hold_out": args.hold_out} if args.instruct else False
+    meta.update(field=args.field, split=args.split, val_fraction=args.val_fraction, cleaning=cleaning,
+                instruct={"hold_out": args.hold_out} if args.instruct else False)
     with open(f"{new}/meta.json", "w") as file:
         json.dump(meta, file, indent=1)
     # Every reader starts from meta.json. It is removed first and put back last, so that it never describes other bins.
@@ -590,8 +589,7 @@ def main(argv=None):
         args.version = 2
     if args.vocab_size and args.tokenizer not in ("bpe", "gpt2"):
         sys.exit(f"--tokenizer={args.tokenizer} has a size of its own: leave --vocab_size out")
-    if args.vocab_size is None:
-        args.vocab_size = 10_000 if args.tokenizer == "gpt2" else 4096  # 10,000 as in the paper
+    args.vocab_size = args.vocab_size or (10_000 if args.tokenizer == "gpt2" else 4096)  # 10,000 as in the paper
     args.hold_out = [field for field in args.hold_out.split("+") if field]  # "" gives []
     if not set(args.hold_out) <= set(INSTRUCTIONS):
         sys.exit(f"--hold_out={'+'.join(args.hold_out)} names other fields than {'+'.join(INSTRUCTIONS)}")

@@ -62,7 +62,7 @@ def find_sources(args, folder):
     paths = source_paths(args, folder)
     refuse_two_versions(paths, folder, args.version or 1)
     for path in paths:
-        if not os.path.exists(path):
+        if args.version and not os.path.exists(path):
             download(f"{args.url}/{os.path.basename(path)}", path, GZIP if path.endswith(ARCHIVE) else EOT.encode())
     published = []
     if any(path.endswith(ARCHIVE) for path in paths):
@@ -402,16 +402,15 @@ def read_text(text, split_at):
     """Yield the stories of a text as records."""
     lines = []  # of the story that has begun
     for line in text:
-        stories = []
-        *ended, rest = line.removeprefix("\ufeff").split(EOT)
+        line = line.removeprefix("\ufeff")
+        if split_at == "line" or split_at == "blank" and not line.strip():
+            line += EOT  # a story ends with this line
+        *ended, rest = line.split(EOT)
         for part in ended:
-            stories.append("".join([*lines, part]).strip())
-            lines = []
+            story, lines = "".join([*lines, part]).strip(), []
+            if story or split_at == "eot":
+                yield {"story": story}
         lines.append(rest)
-        if split_at == "line" or split_at == "blank" and not rest.strip():
-            stories.append("".join(lines).strip())
-            lines = []
-        yield from ({"story": story} for story in stories if story or split_at == "eot")
     if "".join(lines).strip():
         yield {"story": "".join(lines).strip()}
 
@@ -496,7 +495,7 @@ def clean_text(text):
 CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100))
 TO_LATIN1 = str.maketrans(CP1252, "".join(map(chr, range(0x80, 0x100))))
 TAIL = f"[{CP1252[:64]}\x80-\x9f]"  # any byte of a character but its first, which tells how many there are
-MISREAD = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|ð[Ÿ\x9f]{TAIL}{TAIL}|â€(?!{TAIL}|Â)\ufffd?")
+MOJIBAKE = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|ð[Ÿ\x9f]{TAIL}{TAIL}|â€(?!{TAIL}|Â)\ufffd?")
 # â€™ is always an error, but ÃŸ“ could be right, as ß“ is in „So ein Spaß“. So what is surely wrong in its context is
 # undone, and if all of a line, or of a story, consists of such sequences, the others in it are undone too.
 AFTER = "\xa0«»“”„‘’‚‹›…–—•™®¹²³°ºªŠšŒœŽž"  # what often follows a letter
@@ -523,16 +522,16 @@ def clean_story(record):
     if record.get("spans"):
         return story
     while story != before and not story.isascii():
-        story, before = undo_misreading(story), story
+        story, before = fix_mojibake(story), story
     return story.removeprefix("\ufeff").strip()  # a byte-order mark that was misread too
 
 
-def undo_misreading(story):
+def fix_mojibake(story):
     """A story with each misread sequence undone that cannot be right text.
 
     If the story, or a line of it, has such sequences, and no character beyond ASCII outside sequences, it was misread
     as a whole. Then those that could be right text are undone too."""
-    sequences = [match for match in MISREAD.finditer(story) if decode_misread(match[0])]
+    sequences = [match for match in MOJIBAKE.finditer(story) if decode_misread(match[0])]
     certain = {match.start() for match in sequences if CERTAIN.match(story, match.start())
                and not "\x80" <= decode_misread(match[0]) < "\xa0"}  # control characters are no improvement
     if not certain:
@@ -544,7 +543,7 @@ def undo_misreading(story):
             # Ç to Ë would become letters that no stories have; and without a majority, only Latin letters are certain
             leads = "[^Ç-Ë]" if share > 0.5 else "[Â-Æ]"
             certain.update(match.start() for match in inside if re.match(leads, match[0]))
-    return MISREAD.sub(lambda match: decode_misread(match[0]) if match.start() in certain else match[0], story)
+    return MOJIBAKE.sub(lambda match: decode_misread(match[0]) if match.start() in certain else match[0], story)
 
 
 def decode_misread(sequence):

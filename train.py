@@ -16,9 +16,9 @@ A step trains on --batch_tokens tokens. They are rows of --block_size tokens, sp
 memory: the gradients of the micro steps add up to those of the whole batch (gradient accumulation).
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
-from common import (Clock, CommandLine, check_resumable, check_writable, is_out_of_memory, keep_freed_memory,
-                    load_checkpoint, lock, peak_flops, peak_memory, run_main, save_checkpoint, start_processes,
-                    stop_signals, trim_log, usable_memory)
+from common import (RESUMABLE, Clock, CommandLine, check_writable, is_out_of_memory, keep_freed_memory, load_checkpoint,
+                    lock, peak_flops, peak_memory, read_lines, run_main, save_checkpoint, start_processes, stop_signals,
+                    trim_log, usable_memory)
 
 import contextlib
 import functools
@@ -80,12 +80,10 @@ def command_line():
                   "if memory runs out (default: as many as hold 8192 tokens; on a GPU what half of its memory holds, "
                   "at most 128)", type=int, low=1)
     # how long; one of these at most
-    parser.option("max_steps", 0, "length of the run in steps (default: not limited by them)", low=0)
+    parser.option("max_steps", 0, "length of the run in steps; 0: no limit", low=0)
     parser.option("max_tokens", 0, "length of the run in tokens (default: 5000000)", low=0)
-    parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them (default: not limited by "
-                  "them)", low=0)
-    parser.option("max_minutes", 0.0, "length of the run in minutes; compiling and the first step do not count "
-                  "(default: not limited by them)", low=0)
+    parser.option("max_flops", 0.0, "length of the run in FLOPs, as model.py counts them; 0: no limit", low=0)
+    parser.option("max_minutes", 0.0, "minutes of the run, without compiling and the first step; 0: no limit", low=0)
     # what happens along the way
     parser.option("evals", 10, "evaluations, evenly spaced, with a sample and a checkpoint; the last at the end", low=0)
     parser.option("eval_stories", 500, "stories scored by all evaluations but the last; 0 means all", low=0)
@@ -108,8 +106,9 @@ def fill_defaults(args):
     for name, default in zip(("n_layer", "n_embd", "n_head"), SIZES.get(args.size, (4, 128, None))):
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if args.n_head is None:
-        args.n_head = default_heads(args.n_embd)
+    if args.n_head is None:  # as many as possible, each with 64 channels or more, and an even number, as rope needs
+        fitting = [n for n in range(1, args.n_embd // 64 + 1) if args.n_embd % (2 * n) == 0]
+        args.n_head = max(fitting, default=1)
     if args.lr is None:
         args.lr = {"muon": 0.03, "adamw": 0.002}[args.optimizer]
     if args.schedule == "wsd" and args.warmup + args.cooldown > 1:
@@ -119,16 +118,9 @@ def fill_defaults(args):
     return args
 
 
-def default_heads(n_embd):
-    """As many heads as possible, each with at least 64 channels and an even number of them, as rope needs."""
-    fitting = [n for n in range(1, n_embd // 64 + 1) if n_embd % (2 * n) == 0]
-    return max(fitting, default=1)
-
-
 # -----------------------------------------------------------------------------------------------------------------
-# data: the token bins are read as one long stream, cut into rows of block_size tokens. In the first epoch each begins
-# at a story, later anywhere (docs/log.md). Within a row, a story may see the end of the one before it. The files are
-# mapped into memory, and never loaded whole.
+# data: the token bins are one long stream, cut into rows of block_size tokens (see read_rows). Within a row, a story
+# may see the end of the one before it. The files are mapped into memory, and never loaded whole.
 
 
 def parse_mix(text):
@@ -184,6 +176,7 @@ class TrainData:
             ensure_prepared()
         self.metas = {name: load_meta(name) for name in self.mix}
         self.first = next(iter(self.mix))
+        self.encoding = load_tokenizer(self.first)  # of all datasets, see below
         self.tokenizer = self.metas[self.first]["tokenizer"]["sha256"]
         self.hashes = [meta["train"]["sha256"] for meta in self.metas.values()]
         self.tokens, self.story_starts = [], []  # of each dataset; tokens are memory-mapped
@@ -206,9 +199,8 @@ class TrainData:
 
     def batch(self, step, count):
         """The rows of a step, (count, block_size + 1) int64: each comes from a dataset drawn by the mix's weights."""
-        weights = list(self.mix.values())
         # every process draws the same numbers, and so does a resumed run: they depend on the seed and the step alone
-        source = np.random.default_rng((self.seed, step)).choice(len(self.tokens), count, p=weights)
+        source = np.random.default_rng((self.seed, step)).choice(len(self.tokens), count, p=list(self.mix.values()))
         rows = np.empty((count, self.length + 1), np.int64)
         for i, tokens in enumerate(self.tokens):
             n = int((source == i).sum())
@@ -274,10 +266,7 @@ class Run:
 
     def evaluations_due(self, progress):
         """How many evaluations should have been made by now."""
-        if self.args.max_minutes:
-            return int(progress * self.args.evals)
-        # integers, so that no floating-point error moves an evaluation
-        return self.step * self.args.evals // self.max_steps
+        return int(progress * self.args.evals + 1e-9)  # lest a rounding error moves an evaluation
 
     def autocast(self):
         """The context in which matrix products run in `dtype`. The weights and the sums stay in float32."""
@@ -338,8 +327,8 @@ def plan_batch(run, max_rows):
 def read_own_checkpoint(run):
     """The checkpoint that --resume continues, checked against options and data; None for a new run."""
     args, path = run.args, os.path.join(run.out_dir, "ckpt.pt")
-    if os.path.isdir(run.out_dir):
-        lock_folder(run)
+    if run.rank == 0 and os.path.isdir(run.out_dir):
+        run.lock = lock(os.path.join(run.out_dir, "train.lock"))  # keeps other runs of train.py out
     if not args.resume:
         if os.path.exists(path):
             sys.exit(f"{run.out_dir} holds a run: add --resume to continue it (and a larger --max_tokens, if it is "
@@ -350,21 +339,17 @@ def read_own_checkpoint(run):
     checkpoint = load_checkpoint(path)
     # the run must go on with what was chosen for it
     args.batch_tokens = args.batch_tokens or checkpoint["args"]["batch_tokens"]
-    # the values of options that the checkpoint does not know: today's defaults, except for the model's, which were
-    # trained without what came later
-    defaults = vars(command_line().parse_args([])) | asdict(GPTConfig(**checkpoint["model_config"]))
-    check_resumable(checkpoint, args, defaults, run.out_dir)
+    # options that the checkpoint does not know had today's defaults, except for the model's: it was built without them
+    before = vars(command_line().parse_args([])) | asdict(GPTConfig(**checkpoint["model_config"])) | checkpoint["args"]
+    for name, value in vars(args).items():
+        if name not in RESUMABLE and before[name] != value:
+            sys.exit(f"{run.out_dir} was trained with --{name}={before[name]}, not {value}: resume with that, or start "
+                     "a new run with another --out_dir")
     # the walk over the rows goes on where it stopped, which makes sense only in the same bins
     if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
         sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
                  "run with another --out_dir")
     return checkpoint
-
-
-def lock_folder(run):
-    """Keep other processes of train.py out of the run's folder."""
-    if run.rank == 0 and not run.lock:
-        run.lock = lock(os.path.join(run.out_dir, "train.lock"))
 
 
 def restore(run, checkpoint):
@@ -409,21 +394,12 @@ def save_run(run):
         save_checkpoint({**weights_of(run), **state}, os.path.join(run.out_dir, "ckpt.pt"))
 
 
-def keep_weights(run):
-    """Save the weights beside the checkpoint, under the number of the step."""
-    if run.rank == 0:
-        started = time.perf_counter()
-        save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
-        run.clock.paused_seconds += time.perf_counter() - started
-
-
 # -----------------------------------------------------------------------------------------------------------------
 # before the first step. All options have been checked by now, so nothing is refused after this.
 
 
 def should_compile(run):
-    """Whether the run is so long that compiling pays off: it takes about half a minute, and makes a step up to twice
-    as fast."""
+    """Whether the run is long enough for compiling, which takes half a minute and makes a step up to twice as fast."""
     if run.args.compile != "auto":
         return run.args.compile == "True"
     if run.device.type == "mps":
@@ -443,7 +419,7 @@ def open_run_folder(run):
         # a checkpoint has at most three numbers of 4 bytes per weight: itself, and the two averages of AdamW
         check_writable(run.out_dir, 12 * run.model.num_params() * (1 if has_checkpoint else 2))
         os.makedirs(run.out_dir, exist_ok=True)
-        lock_folder(run)
+        run.lock = run.lock or lock(os.path.join(run.out_dir, "train.lock"))
         tokenizer = "tokenizer.tiktoken"  # its content alone: data/ may be write-protected
         shutil.copyfile(os.path.join("data", run.data.first, tokenizer), os.path.join(run.out_dir, tokenizer))
         trim_log(run.log_path, run.step)
@@ -552,11 +528,13 @@ def train(run, signals):
         bar.update(progress * bar.total - bar.n)
 
         # evaluate and save, so that at most the steps since the last save can be lost
-        if args.keep == "log" and run.step & (run.step - 1) == 0:  # a power of two
-            keep_weights(run)
+        paused = time.perf_counter()
+        if args.keep == "log" and run.rank == 0 and run.step & (run.step - 1) == 0:  # a power of two
+            save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
         if evaluating:
             evaluate_and_save(run)
             progress, stopping = sync_progress(run, signals)  # an evaluation takes time
+        run.clock.paused_seconds += time.perf_counter() - paused
     bar.close()
     run.clock.stop()
     save_run(run)
@@ -633,13 +611,12 @@ def log_step(run, loss, grad_norm, bar, write):
         values = {"train_loss": train_loss, "lr": run.optimizers[0].param_groups[0]["lr"],
                   "tokens_per_second": round(run.speed),
                   "grad_norm": grad_norm.item() if grad_norm.isfinite() else None}
-        peak = peak_flops(run.device, run.dtype)
-        if peak:
+        if peak := peak_flops(run.device, run.dtype):
             # attention counts half, since it is causal; nanoGPT counts all of it
             values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
         run.log(**values)
     bar.set_postfix_str(f", loss {train_loss:.3f}, {run.speed:,.0f} tok/s", refresh=False)
-    if bar.disable and run.step - run.first_step == 2 * run.args.log_interval:  # once, where no bar is shown
+    if bar.disable and run.step == (run.first_step // run.args.log_interval + 2) * run.args.log_interval:
         run.say(f"step {run.step:,}: train loss {train_loss:.3f}, {time_left(run)}")
 
 
@@ -653,10 +630,9 @@ def evaluate_and_save(run):
     """Validate on the first stories, show a sample, and save a checkpoint."""
     if run.rank > 0:
         return
-    started = time.perf_counter()
-    result = {**evaluate_mix(run.model, run.data.mix, run.args.eval_stories), **skill_scores(run, run.probes)}
+    result = scores(run, run.probes, run.args.eval_stories)
     run.log(**result)
-    encoding = load_tokenizer(run.data.first)
+    encoding = run.data.encoding
     ids, = write_stories(run.model, encoding, "", 300, [run.args.seed + run.step], temperature=0.8)
     story = encoding.decode(ids).replace("\n", "\n  ")
     passed = "".join(f", {name.removeprefix('accuracy_')} {share:.0%}"
@@ -664,37 +640,29 @@ def evaluate_and_save(run):
     run.say(f"step {run.step:,}: train loss {run.train_loss:.3f}, val_bpb {result['val_bpb']:.4f}{passed}, "
             f"{time_left(run)}\n  {story}")
     save_run(run)
-    run.clock.paused_seconds += time.perf_counter() - started
 
 
-def skill_scores(run, probes):
-    """{accuracy_<skill>: share of held-out marked words that the model gets right}. probes: {dataset: list of them}."""
-    shares = {}
+def scores(run, probes, max_stories=None):
+    """{val_loss, val_bpb, accuracy_<skill>, …}: an accuracy is the share of held-out marked words that the model gets
+    right. probes: {dataset: list of them}."""
+    result = evaluate_mix(run.model, run.data.mix, max_stories)
     for name in run.data.mix:
         suffix = f"/{name}" if len(run.data.mix) > 1 else ""
-        for skill, share in skill_accuracy(run.model, load_tokenizer(name), probes[name]).items():
-            shares[f"accuracy_{skill}{suffix}"] = share
-    return shares
+        for skill, share in skill_accuracy(run.model, run.data.encoding, probes[name]).items():
+            result[f"accuracy_{skill}{suffix}"] = share
+    return result
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # after the last step. The run is saved by now, so an interruption loses only the scores, which --resume computes again.
 
 
-def is_summarized(run):
-    """Whether the final scores of a finished run are in its log. An interruption may have prevented that."""
-    trim_log(run.log_path, run.step)
-    with open(run.log_path, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return any("final" in line and line["step"] == run.step for line in lines)
-
-
 def finish(run):
     """Score all validation stories, print three stories and the summary, and log the scores."""
     run.say(f"trained and saved in {run.out_dir}; scoring all validation stories")
-    probes = {name: read_spans(name, 200) for name in run.data.mix}
-    result = {**evaluate_mix(run.model, run.data.mix), **skill_scores(run, probes)}
-    encoding = load_tokenizer(run.data.first)
+    trim_log(run.log_path, run.step)  # a kill may have cut its last line
+    result = scores(run, {name: read_spans(name, 200) for name in run.data.mix})
+    encoding = run.data.encoding
     seeds = range(run.args.seed, run.args.seed + 3)
     for i, ids in enumerate(write_stories(run.model, encoding, "", 500, seeds, temperature=0.8), 1):
         print(f"\nStory {i}:\n{encoding.decode(ids)}")
@@ -710,8 +678,7 @@ def show_ladder(run, result):
     """Print how the accuracy of each skill has grown: a bar of up to ten marks for each evaluation.
 
     The last row is of 200 words of each skill, the others of 50: a rise or fall of a few percent is chance."""
-    with open(run.log_path, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file] + [{**result, "step": run.step}]
+    lines = [*read_lines(run.log_path), {**result, "step": run.step}]
     names = [name for name in result if name.startswith("accuracy_")]
     if names:
         print("\nThe share of held-out marked words that it got right:")
@@ -765,7 +732,7 @@ def main(argv=None):
                 if not is_out_of_memory(error):
                     raise
                 end_out_of_memory(run)
-    elif is_summarized(run):
+    elif any("final" in line and line["step"] == run.step for line in read_lines(run.log_path)):  # scored, too
         run.say(f"{run.out_dir} is finished (step {run.step:,}): to continue it, give a longer run, such as "
                 f"--max_tokens={2 * run.step * run.step_tokens}; to grade it, python eval.py {run.out_dir}")
         return

@@ -1,7 +1,7 @@
-"""Lesson 7, part 2: where in a model that reasons is exclusion, and what does it cost to silence it there?
+"""Lesson 7, part 2: where in a model that reasons is exclusion, and what does it cost to ablate it there?
 
 The default model, with smaller heads, learns from the world. One half of its spans of exclusion chooses the head and
-the neurons that matter most to them; then these are silenced, and the other half, and all other kinds of spans, show
+the neurons that matter most to them; then these are ablated, and the other half, and all other kinds of spans, show
 what that costs.
 """
 from collections import defaultdict
@@ -12,9 +12,9 @@ from lesson import command_line, prepare, run_main, train, write_world
 
 from common import pick_device
 from eval import load_subject, passes, read_spans
-from lab.interpret import ablate, logit_lens, projections
+from lab.interpret import ablate_head, ablate_neurons, logit_lens, projections
 
-N_CHOSEN = 10  # neurons silenced together
+N_CHOSEN = 10  # neurons ablated together
 
 
 def exclusion_neurons(model, encoding, probes):
@@ -37,25 +37,12 @@ def exclusion_neurons(model, encoding, probes):
 
 
 def exclusion_head(model, encoding, probes):
-    """(layer, head) whose silencing costs the most probes."""
+    """(layer, head) whose ablation costs the most probes."""
     def passed_without(layer, head):
-        with silence_head(model, layer, head):
+        with ablate_head(model, layer, head):
             return passes(model, encoding, probes).mean()
     heads = [(layer, head) for layer in range(model.config.n_layer) for head in range(model.config.n_head)]
     return min(heads, key=lambda head: passed_without(*head))
-
-
-def silence_head(model, layer, head):
-    projection = model.blocks[layer].attn.proj
-    size = projection.in_features // model.config.n_head
-    return ablate(projection, slice(head * size, (head + 1) * size))
-
-
-def silence_neurons(model, neurons):
-    silence = ExitStack()
-    for layer, neuron in neurons:
-        silence.enter_context(ablate(projections(model)[layer], neuron))
-    return silence
 
 
 def share_by_kind(model, encoding, probes):
@@ -79,12 +66,12 @@ def look_for_exclusion(run):
     torch.manual_seed(1)
     drawn = [(at, int(torch.randint(projections(model)[at].in_features, ()))) for at, _ in neurons[:N_CHOSEN]]
     table = {"intact": share_by_kind(model, encoding, graded)}
-    for column, silenced in ((f"without head {head} of layer {layer}", silence_head(model, layer, head)),
+    for column, ablation in ((f"without head {head} of layer {layer}", ablate_head(model, layer, head)),
                              (f"without neuron {neurons[0][1]} of layer {neurons[0][0]}",
-                              silence_neurons(model, neurons[:1])),
-                             (f"without the best {N_CHOSEN} neurons", silence_neurons(model, neurons[:N_CHOSEN])),
-                             (f"without {N_CHOSEN} random ones of the same layers", silence_neurons(model, drawn))):
-        with silenced:
+                              ablate_neurons(model, neurons[:1])),
+                             (f"without the best {N_CHOSEN} neurons", ablate_neurons(model, neurons[:N_CHOSEN])),
+                             (f"without {N_CHOSEN} random ones of the same layers", ablate_neurons(model, drawn))):
+        with ablation:
             table[column] = share_by_kind(model, encoding, graded)
     leads = torch.tensor([record["lead"] for record in logit_lens(model, encoding, exclusions)])
     return table, [f"{100 * share:.0f}" for share in (leads > 0).float().mean(0).tolist()]

@@ -11,8 +11,9 @@ import os
 import sys
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 
-from common import CommandLine, atomic_write, existing_runs, newest_run, print_table, run_main
+from common import CommandLine, atomic_write, existing_runs, newest_run, read_lines, run_main
 from eval import format_figure
 from prepare import SKILLS
 
@@ -30,12 +31,8 @@ def read_run(run):
         sys.exit(f"cannot read {path}: run python eval.py {folder} first")
     if "model" not in results:
         sys.exit(f"{path} was not written by eval.py: name the folder of a run instead")
-    records = []
-    log = os.path.join(folder, "log.jsonl")
-    if os.path.exists(log):
-        with open(log, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file if line.endswith("\n")]  # a run may be writing the last one
-    return results, [record for record in records if "val_bpb" in record]
+    log = read_lines(os.path.join(folder, "log.jsonl"))
+    return results, [record for record in log if "val_bpb" in record]
 
 
 def figure_rows(results):
@@ -51,6 +48,13 @@ def figure_rows(results):
             if name not in ("checkpoint", "settings", "measured with"):  # long texts
                 rows.append([f"  {name}", *(format_figure(name, section.get(name)) for section in sections)])
     return rows
+
+
+def print_table(rows):
+    """Print rows of text, the first column left-aligned and the others right-aligned. A row of one cell is a title."""
+    widths = [max(len(row[i]) for row in rows if len(row) > 1) for i in range(len(rows[0]))]
+    for name, *cells in rows:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
 
 def merge_seeds(results):
@@ -76,7 +80,7 @@ def merge(values):
     if not values:
         return None
     if isinstance(values[0], dict):
-        return {key: merge([value.get(key) for value in values]) for key in values[0]}
+        return {key: merge([value.get(key) for value in values]) for key in dict.fromkeys(chain(*values))}
     if isinstance(values[0], list) and isinstance(values[0][0], list):
         return merge_curves(values)
     if not isinstance(values[0], list) and all(value == values[0] for value in values):

@@ -5,7 +5,6 @@
 Adds the section "completions" to out/a/eval.json and, where stories come with instructions (prepare.py --instruct),
 "instructions of NAME". All that is measured here can be counted; lab.judge asks a large model how good the text is."""
 import os
-import re
 from collections import Counter, defaultdict
 from functools import partial
 from itertools import islice
@@ -17,10 +16,9 @@ from tqdm import tqdm
 
 from common import CommandLine, newest_run, pick_device, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list, split_stories
-from generate import missing_words
-from lab.label import FEATURE_RULES
+from lab.label import FEATURE_RULES, followed, share_followed
 from prepare import INSTRUCTIONS, instruction, load_meta, load_tokenizer, load_tokens
-from records import SPACELESS, read_records
+from records import SPACELESS, details, read_records
 from sample import generate
 
 
@@ -40,15 +38,11 @@ def complete(subject, prompts, max_tokens, each=1, title="completing"):
     A continuation of fewer than max_tokens tokens has ended by itself. The i-th of all draws from its own seed, i + 1:
     so it does not depend on the others in its batch."""
     eot = subject.encoding.eot_token
-    rows = []
-    for prompt in prompts:
-        rows += each * [[eot] + subject.encoding.encode_ordinary(prompt)]
+    rows = [[eot] + subject.encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(each)]
     by_length = defaultdict(list)  # only prompts of one length can share a batch, since nothing is padded
     for i, row in enumerate(rows):
         by_length[len(row)].append(i)
-    batches = []
-    for group in by_length.values():
-        batches += [group[i:i + 50] for i in range(0, len(group), 50)]
+    batches = [group[i:i + 50] for group in by_length.values() for i in range(0, len(group), 50)]
     result = [None] * len(rows)
     for batch in tqdm(batches, desc=title, leave=False, disable=None):
         seeds = [i + 1 for i in batch]
@@ -110,24 +104,27 @@ def rouge2_with_nearest(texts):
     return f1.max(1)
 
 
-def grade_instructions(subject, dataset, max_tokens):
-    """{figure: interval}: how much of what instructions ask for is in the stories that the model writes after them.
+def grade_instructions(subject, dataset, max_tokens, best_of=1):
+    """{figure: interval}: how much of what instructions ask for is in the stories that the model writes after them. Of
+    `best_of` stories for each, the one that sample.py --best_of would show is graded.
 
     Instructions are those of up to 150 validation stories. With prepare.py --hold_out=words+summary, no train story had
     both words and a summary; instructions with both are graded apart, as held-out combinations."""
     hold_out = set(load_meta(dataset)["instruct"]["hold_out"])
     tests = feature_tests(dataset)
     groups = {"seen": [], "held-out": []}
-    for prompt, fields in read_instructions(dataset):
+    for prompt, fields in validation_instructions(dataset):
         is_held_out = bool(hold_out) and hold_out <= set(fields)
         group = groups["held-out" if is_held_out else "seen"]
         if len(group) < 150 and fields:
             group.append((prompt, fields))
     figures = {}
     for name, group in groups.items():
-        completions = complete(subject, [prompt for prompt, _ in group], max_tokens, title="following instructions")
-        stories = [subject.encoding.decode(ids) for ids, in completions]
-        for title, figure in instructions_followed([fields for _, fields in group], stories, tests).items():
+        prompts, requests = [prompt for prompt, _ in group], [fields for _, fields in group]
+        completions = complete(subject, prompts, max_tokens, best_of, title="following instructions")
+        stories = [max(map(subject.encoding.decode, candidates), key=partial(share_followed, fields))
+                   for fields, candidates in zip(requests, completions)]
+        for title, figure in instructions_followed(requests, stories, tests).items():
             figures[f"{title}, {name} combinations"] = figure
     return figures
 
@@ -139,11 +136,11 @@ def feature_tests(dataset, n=8_000):
     that only stories with the feature have. The probability that a 4-gram which has nothing to do with a feature
     becomes its sign is below one in a million; a feature that most stories have, such as the world's dialogue, has no
     signs."""
-    stories = []  # (features, text, 4-grams)
-    for source in load_meta(dataset)["source"]:
+    meta, stories = load_meta(dataset), []  # stories: (features, text, 4-grams)
+    for source in meta["source"]:
         if source["file"].endswith(".jsonl") and os.path.exists(source["file"]):
-            stories += [(record.get("features") or (), record["story"], set(ngrams(words_of(record["story"]), 4)))
-                        for record in islice(read_records(source["file"]), n - len(stories))]
+            stories += [(details(record)["features"], record["story"], set(ngrams(words_of(record["story"]), 4)))
+                        for record in islice(read_records(source["file"], meta.get("field", "story")), n - len(stories))]
     everywhere = Counter(fourgram for *_, fourgrams in stories for fourgram in fourgrams)
     tests = {}
     for feature, count in Counter(feature for features, *_ in stories for feature in features).items():
@@ -165,41 +162,19 @@ def instructions_followed(requests, stories, tests):
     """{figure: interval} of requests, {field: text} each, and the stories that were written for them.
 
     The controls are what the next request asks for: a story has some of it by chance."""
-    included = [fields["sentence"] in story for fields, story in zip(requests, stories) if "sentence" in fields]
-    words = [fields["words"].split(", ") if "words" in fields else [] for fields in requests]
-    features = [[name for name in fields.get("features", "").split(", ") if name in tests] for fields in requests]
+    own = [followed(fields, story, tests) for fields, story in zip(requests, stories)]
+    another = [followed(fields, story, tests) for fields, story in zip(requests[1:] + requests[:1], stories)]
 
-    def count_features(names, story):
-        return sum(tests[name](story) for name in names)
+    def share(counts, field):
+        return interval([count[field][0] for count in counts], [count[field][1] for count in counts])
 
-    # short words, such as "the", are in every story
-    summary_words = [sorted(set(re.findall(r"\w{4,}", fields.get("summary", "")))) for fields in requests]
-    return {"sentences included": interval(included),
-            "words used": share_used(words, stories, count_inflected),
-            "another's words": share_used(words[1:] + words[:1], stories, count_inflected),
-            "features present": share_used(features, stories, count_features),
-            "another's features": share_used(features[1:] + features[:1], stories, count_features),
-            "summary's words used": share_used(summary_words, stories, count_exact),
-            "another's summary's words": share_used(summary_words[1:] + summary_words[:1], stories, count_exact)}
+    return {"sentences included": interval([count["sentence"][0] for count in own if count["sentence"][1]]),
+            "words used": share(own, "words"), "another's words": share(another, "words"),
+            "features present": share(own, "features"), "another's features": share(another, "features"),
+            "summary's words used": share(own, "summary"), "another's summary's words": share(another, "summary")}
 
 
-def share_used(requests, stories, count):
-    """The interval of the share of requested words, a list for each story, that the stories have."""
-    used = [count(words, story) for words, story in zip(requests, stories)]
-    return interval(used, list(map(len, requests)))
-
-
-def count_inflected(words, story):
-    """How many words a story has, in any form: "ran" counts for "run", as when stories are asked of a large model."""
-    return len(words) - len(missing_words(words, story))
-
-
-def count_exact(words, story):
-    """How many words a story has, in the same form."""
-    return len(set(words) & set(re.findall(r"\w+", story)))
-
-
-def read_instructions(dataset):
+def validation_instructions(dataset):
     """Yield (text before the story, {field: value}) of a dataset's validation stories made with --instruct."""
     meta, encoding = load_meta(dataset), load_tokenizer(dataset)
     for ids in split_stories(np.asarray(load_tokens(dataset, "val")), meta["eot"]):
@@ -218,23 +193,21 @@ def grade(subject, prompts, args):
     yield "completions", {**grade_completions(subject, completions, args.max_tokens), "measured with": settings}
     for name in subject.datasets:
         if load_meta(name)["instruct"]:
-            figures = grade_instructions(subject, name, args.max_tokens)
-            yield f"instructions of {name}", {**figures, "measured with": f"--max_tokens={args.max_tokens}"}
+            figures = grade_instructions(subject, name, args.max_tokens, args.best_of)
+            title = f"instructions of {name}" + (f", best of {args.best_of}" if args.best_of > 1 else "")
+            yield title, {**figures, "measured with": f"--max_tokens={args.max_tokens}"}
 
 
-def command_line():
+def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a (default: the newest)")
     parser.option("dataset", "", "whose instructions to follow (default: the run's own)")
     parser.option("prompts", os.path.join(HERE, "data", "prompts.json"), "beginnings of stories")
     parser.option("each", 10, "completions of each of those", low=1)
+    parser.option("best_of", 1, "stories for each instruction, of which the one that follows it best is graded", low=1)
     parser.option("max_tokens", 200, "length limit of a completion", low=1)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
-    return parser
-
-
-def main(argv=None):
-    args = command_line().parse_args(argv)
+    args = parser.parse_args(argv)
     prompts = read_list("prompts", args.prompts, lambda prompt: isinstance(prompt, str))
     device, _ = pick_device(args.device)
     for run in args.runs or [newest_run()]:

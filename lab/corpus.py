@@ -13,9 +13,10 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from common import CommandLine, newest_run, pick_device, print_table, run_main
+from common import CommandLine, newest_run, pick_device, run_main
 from eval import add_section, interval, load_subject, print_section
 from generate import missing_words
+from lab.compare import print_table
 from lab.completions import complete, ngrams, pick_stories, words_of
 from prepare import load_tokenizer, load_tokens
 from records import SPACELESS, details, file_format, fingerprint, read_records
@@ -24,7 +25,7 @@ from records import SPACELESS, details, file_format, fingerprint, read_records
 # diversity: each measurement takes all records of a file, as a list in memory, and returns {figure: text}
 
 
-def letters(text):
+def alphabetic_words(text):
     """The words of a text, without numbers and with their capitals."""
     return regex.findall(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[\d_{SPACELESS}]]+(?:['’][\w--[\d_{SPACELESS}]]+)*", text)
 
@@ -36,7 +37,7 @@ def percent(count, total):
 def size(records):
     words = Counter()
     for record in records:
-        words.update(letters(record["story"].lower()))
+        words.update(alphabetic_words(record["story"].lower()))
     return {"stories": f"{len(records):,}", "words a story": f"{words.total() / len(records):.0f}",
             "distinct words": f"{len(words):,}"}
 
@@ -51,7 +52,7 @@ def copies(records):
     near = 0
     first_story = {}  # {hash of an 8-gram: number of the first story that has it}
     for number, record in enumerate(records):
-        hashes = [zlib.crc32(" ".join(gram).encode()) for gram in ngrams(letters(record["story"].lower()), 8)]
+        hashes = [zlib.crc32(" ".join(gram).encode()) for gram in ngrams(alphabetic_words(record["story"].lower()), 8)]
         sample = [value for value in hashes if value % 16 == 0]
         shared = Counter(first_story[value] for value in sample if value in first_story)
         if max(shared.values(), default=0) > len(sample) / 2:
@@ -66,7 +67,7 @@ def openings(records):
     """The commonest first sentence and first four words: a model that writes a corpus falls into a few of them."""
     stories = [record["story"] for record in records]
     sentences = Counter(re.split(r"(?<=[.!?])[\"”]?\s", story.strip(), maxsplit=1)[0] for story in stories)
-    beginnings = Counter(" ".join(letters(story)[:4]) for story in stories)
+    beginnings = Counter(" ".join(alphabetic_words(story)[:4]) for story in stories)
     (words, count), = beginnings.most_common(1)
     return {"most common first sentence": percent(max(sentences.values()), len(stories)),
             "most common opening": f"{words} {percent(count, len(stories))}"}
@@ -77,7 +78,7 @@ def names(records):
     stories_with, lower_case = Counter(), Counter()
     for record in records:
         stories_with.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", record["story"])))
-        lower_case.update(word for word in letters(record["story"]) if word.islower())
+        lower_case.update(word for word in alphabetic_words(record["story"]) if word.islower())
     common = [(name, count) for name, count in stories_with.most_common() if lower_case[name.lower()] < count / 10]
     return {f"name {i}": f"{name} {percent(count, len(records))}" for i, (name, count) in enumerate(common[:3], 1)}
 
@@ -89,7 +90,7 @@ def distinct_ngrams(records):
     for record in records:
         if n_words >= 100_000:
             break
-        words = letters(record["story"].lower())
+        words = alphabetic_words(record["story"].lower())
         n_words += len(words)
         for n in distinct:
             distinct[n].update(ngrams(words, n))
@@ -103,7 +104,7 @@ def labels(records):
         words = details(record)["words"]
         requested += len(words)
         missing += len(missing_words(words, record["story"]))
-        n_words += len(letters(record["story"]))
+        n_words += len(alphabetic_words(record["story"]))
         skills.update(span["skill"] for span in record.get("spans") or [])
     figures = {f"{skill} spans per 100 words": f"{100 * count / n_words:.2f}" for skill, count in skills.items()}
     if requested:
@@ -212,7 +213,7 @@ def memorization(subject, dataset, max_tokens):
 
 def grade_runs(runs, args):
     """Print the memorization of runs, and add it to their eval.json."""
-    device, _ = pick_device(args.device, "float32")
+    device, _ = pick_device(args.device)
     for run in runs:
         subject = load_subject(run, device, args.dataset)
         for dataset in subject.datasets:

@@ -27,7 +27,7 @@ import torch
 
 from common import CommandLine, atomic_write, newest_run, run_main
 from lab.qwen3 import write_gguf, write_hf
-from prepare import WORDS, instruction
+from prepare import GPT2_PATTERN, instruction
 from sample import generate, load_run
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "story_page.html")
@@ -144,7 +144,7 @@ def describe(model, encoding, w, before, story, bits):
     ids = [encoding.eot_token] + encoding.encode_ordinary(beginning)
     with torch.inference_mode():
         logits, likeliest = model(torch.tensor([ids[:model.config.block_size]]))[0, -1].topk(20)
-    pattern = WORDS.pattern.replace("++", "+")  # JavaScript has no possessive quantifiers; here they change nothing
+    pattern = GPT2_PATTERN.pattern.replace("++", "+")  # JavaScript has no possessive quantifiers; they change nothing
     pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
     run = {"bits": bits, "config": asdict(model.config), "end": encoding.eot_token, "pattern": pattern,
            "tokens": " ".join(base64.b64encode(encoding.decode_single_token_bytes(i)).decode()

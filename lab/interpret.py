@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,6 +172,7 @@ def attention_logits(model, ids):
     return torch.stack(captured)
 
 
+@contextmanager
 def ablate(projection, columns=slice(None), where=slice(None)):
     """Within a `with` block, zero these columns of a projection's input: a head's columns of attn.proj, or a neuron's
     column of mlp.proj. With a mask `where` (T,), only there; without, this equals zeroing columns of the weights."""
@@ -179,7 +180,23 @@ def ablate(projection, columns=slice(None), where=slice(None)):
         x = args[0].clone()  # (B, T, C)
         x[:, where, columns] = 0
         return x
-    return projection.register_forward_pre_hook(zero)
+    with projection.register_forward_pre_hook(zero):
+        yield
+
+
+def ablate_head(model, layer, head):
+    projection = model.blocks[layer].attn.proj
+    size = projection.in_features // model.config.n_head
+    return ablate(projection, slice(head * size, (head + 1) * size))
+
+
+@contextmanager
+def ablate_neurons(model, neurons, where=slice(None)):
+    """Within a `with` block, ablate neurons, [(layer, neuron)]."""
+    with ExitStack() as ablations:
+        for layer, neuron in neurons:
+            ablations.enter_context(ablate(projections(model)[layer], neuron, where))
+        yield
 
 
 def untrained(model, seed):
@@ -441,9 +458,7 @@ def loss_without_neurons(model, stories, groups):
     """{name: [rise, rise if ablated at the first mention alone]} of the loss at later mentions of the main character,
     in nats per token, with each group of neurons, {name: [(layer, neuron)]}, ablated."""
     def loss(story, neurons, where=slice(None)):
-        with ExitStack() as ablations:
-            for layer, neuron in neurons:
-                ablations.enter_context(ablate(projections(model)[layer], neuron, where))
+        with ablate_neurons(model, neurons, where):
             nats = model(story.ids[None, :-1], story.ids[None, 1:])[0]  # (T - 1,)
         return nats[story.role[1:] == LATER].sum().item()
     rises = {name: np.zeros(2) for name in groups}
@@ -505,9 +520,8 @@ def study_ablations(model, encoding, dataset, n_stories, probes):
     for layer, block in enumerate(progress(model.blocks, "ablating")):
         with ablate(block.attn.proj), ablate(block.mlp.proj):
             records.append(measure(layer, None))
-        size = block.attn.proj.in_features // model.config.n_head
         for head in range(model.config.n_head):
-            with ablate(block.attn.proj, slice(head * size, (head + 1) * size)):
+            with ablate_head(model, layer, head):
                 records.append(measure(layer, head))
     return records
 
@@ -602,7 +616,7 @@ def main(argv=None):
     parser.option("seed", None, "seed of the controls (default: the run's own)", type=int)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    device, _ = pick_device(args.device, "float32")
+    device, _ = pick_device(args.device)
     for name in args.runs or [newest_run()]:
         subject, results = study(name, args, device)
         with atomic_write(subject.path("interpret.json")) as file:

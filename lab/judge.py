@@ -16,8 +16,8 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from ask import ask_all, connect, dollars, open_to_append, parse_server_args, read_lines, without_thoughts
-from common import CommandLine, newest_run, pick_device, run_main
+from ask import ask_all, connect, dollars, open_to_append, parse_server_args, without_thoughts
+from common import CommandLine, newest_run, pick_device, read_lines, run_main
 from eval import HERE, add_section, interval, load_subject, print_section, read_list
 from generate import MAX_REQUESTS
 from lab.completions import complete, pick_stories
@@ -97,10 +97,9 @@ def read_replies(path):
 def get_marks(questions, path, tokens, args):
     """{question: marks, or None if its reply has none}. Asks the questions that have no reply on disk yet, and appends
     their replies to the file `path`. `tokens` counts what this command has paid for."""
-    by_key = {}  # the judge's name is part of the key, so that each judge has its own replies
-    for groups in questions.values():
-        for question in chain(*groups):
-            by_key[hashlib.sha256(f"{args.model}\n{question}".encode()).hexdigest()[:32]] = question
+    # the judge's name is part of the key, so that each judge has its own replies
+    by_key = {hashlib.sha256(f"{args.model}\n{question}".encode()).hexdigest()[:32]: question
+              for groups in questions.values() for question in chain(*groups)}
     replies = read_replies(path)
     # sorted by a hash, so in random order: poor endings that get no marks do not come in a row, which would end the run
     tasks = [(key, by_key[key], MAX_REQUESTS) for key in sorted(by_key) if key not in replies]

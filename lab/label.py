@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 
 from common import CommandLine, atomic_write, run_main
-from generate import ENDINGS, WORDS_FILE, inflections, load_words
+from generate import ENDINGS, WORDS_FILE, inflections, load_words, missing_words
 from prepare import load_meta
 from records import LETTERS, fingerprint, read_records
 
@@ -34,6 +34,24 @@ FEATURE_RULES = {  # of generate.FEATURES, those that can be told from the text;
     "bad ending": lambda story: bool(SAD.search(last_part(story))) and not GLAD.search(last_part(story)),
     "moral value": lambda story: bool(LESSON.search(last_part(story))),
 }
+
+
+def followed(fields, story, tests=FEATURE_RULES):
+    """{"words": (how many a story has, how many were asked for), …} for instructions {field: text}: words in any form,
+    features that `tests` can tell, and of a summary the words of four letters or more ("the" is in every story)."""
+    words = fields["words"].split(", ") if "words" in fields else []
+    features = [name for name in fields.get("features", "").split(", ") if name in tests]
+    summary_words = set(re.findall(r"\w{4,}", fields.get("summary", "")))
+    sentences = [fields["sentence"]] if "sentence" in fields else []
+    return {"words": (len(words) - len(missing_words(words, story)), len(words)),
+            "features": (sum(tests[name](story) for name in features), len(features)),
+            "summary": (len(summary_words & set(re.findall(r"\w+", story))), len(summary_words)),
+            "sentence": (sum(sentence in story for sentence in sentences), len(sentences))}
+
+
+def share_followed(fields, story):
+    """How far a story follows instructions: the sum, over their fields, of the share that stands in it."""
+    return sum(count / total for count, total in followed(fields, story).values() if total)
 
 
 def known_forms(word_lists):

@@ -21,7 +21,7 @@ def read_request(request, is_chat):
     messages = request.get("messages") if is_chat else [{"content": request.get("prompt")}]
     content = messages[-1].get("content") if isinstance(messages, list) and messages else None
     prompt = text_of(content)  # it may be a list of parts
-    if content is None or not isinstance(prompt, str):
+    if content is None:
         raise ValueError("the last message, or the prompt, must be one text")
     if (request.get("n") or 1) != 1 or request.get("stop"):
         raise ValueError("one story is written at a time, and to its end: leave out n and stop")

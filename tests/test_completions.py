@@ -46,7 +46,7 @@ def test_what_is_counted_in_completions(run, in_prepared, tmp_path):
     assert found["ended by themselves"][0] == pytest.approx(np.mean([len(row) < 60 for row in ids]))
 
 
-def test_instructions_followed(workplace):
+def test_instructions_followed(workplace, monkeypatch):
     """A parrot of the validation stories has what their instructions ask for; one that knows nothing has not."""
     records = make_stories(600)
     for i, r in enumerate(records):
@@ -70,6 +70,12 @@ def test_instructions_followed(workplace):
                           for what in (*told, "another's words", "another's features", "another's summary's words")}
     assert all((value == [1, 1, 1]) == what.startswith(told) for what, value in found.items())
     assert all(0 < value[0] < 1 for what, value in found.items() if what.startswith("another"))
+    complete = completions.complete
+    with monkeypatch.context() as patch:  # the better of two stories counts
+        patch.setattr(completions, "complete", lambda subject, prompts, n, each=1, **title: [
+            [[], *good] for good in complete(subject, prompts, n, **title)])
+        best = completions.grade_instructions(stand_in(parrot, "asked"), "asked", 150, best_of=2)
+    assert all(best[f"words used, {group} combinations"] == [1, 1, 1] for group in ("seen", "held-out"))
     parrot.next = {}
     found = completions.grade_instructions(stand_in(parrot, "asked"), "asked", 150)
     assert all(value == [0, 0, 0] for value in found.values())

@@ -224,6 +224,11 @@ def test_heuristics_are_counted_right(in_prepared, monkeypatch):
     found = eval.grade_probes(stand_in(make_model(vocab_size=512), "tiny"), [probe], "one of mine")
     assert found["fact, the most frequent in train"][0] == 1 and found["fact, by chance"][0] == pytest.approx(1 / 3)
     assert found["fact: x"] == found["fact"] and found["measured with"] == "one of mine"
+    with monkeypatch.context() as patch:  # of a mix, all datasets are counted
+        patch.setattr(eval, "count_phrases", lambda _, name: Counter({"violin": 5}) if name == "b" else Counter(ball=1))
+        mix = stand_in(make_model(vocab_size=512), "tiny")
+        mix.datasets = ["tiny", "b"]
+        assert eval.grade_probes(mix, [probe], "")["fact, the most frequent in train"][0] == 0
     lego = "r=-j,j=+1\nj="
     assert eval.mentions("+1", lego) == [7] and not eval.mentions("-1", lego)
 

@@ -61,6 +61,17 @@ def test_ablation_equals_removing_weights_and_ends():
         assert (later[:, 12:] - plain[:, 12:]).abs().max() > 1e-2
 
 
+def test_nothing_is_ablated_outside_the_with_block():
+    model, idx = make_any_model(), tokens(1, 20)
+    intact = model(idx)
+    head, neurons = interpret.ablate_head(model, 1, 2), interpret.ablate_neurons(model, [(0, 9), (2, 5)])
+    assert torch.equal(model(idx), intact)
+    for ablation in (head, neurons):
+        with ablation:
+            assert not torch.equal(model(idx), intact)
+        assert torch.equal(model(idx), intact)
+
+
 def test_each_head_and_layer_is_ablated_once(monkeypatch):
     model, idx = make_model(), tokens(1, 20)
     monkeypatch.setattr(interpret, "evaluate", lambda model, *_: {"val_loss": model(idx)})

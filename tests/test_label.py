@@ -59,6 +59,15 @@ def test_labelled_stories_are_graded_by_the_rules_that_labelled_them(labelled, w
     assert tests["bad ending"] == label.FEATURE_RULES["bad ending"]
 
 
+def test_features_are_found_however_records_write_them(workplace):
+    """As prepare.py --instruct reads them: in a field of another name, as text, and with capitals."""
+    write_jsonl(workplace / "mine.jsonl", [
+        {"body": f"It was day {n}. {story}", "Features": kind.replace("bad ending", "BadEnding") or None}
+        for n in range(60) for kind, story in STORIES.items()])
+    prepare(["--dataset=mine", "--input=mine.jsonl", "--field=body", "--instruct", "--vocab_size=400"])
+    assert {"dialogue", "bad ending"} <= set(completions.feature_tests("mine"))
+
+
 def test_nothing_is_overwritten_and_a_missing_file_is_named(labelled, workplace):
     before = (workplace / "data/labelled/stories.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="choose another --name"):
@@ -95,3 +104,12 @@ def test_text_that_was_split_at_lines_is_not_taken_for_one_story(workplace):
     with pytest.raises(SystemExit, match="endoftext"):
         label.main(["--dataset=lines"])
     assert not (workplace / "data/labelled").exists()
+
+
+def test_how_far_a_story_follows_instructions():
+    story = 'Lily ran to the dog. "Hello," she said. "Hello," said the dog. In the end, Lily was sad and alone.'
+    fields = {"words": "run, dog, blue, kite", "features": "dialogue, moral value, plot twist",
+              "summary": "Lily meets a dog, and is alone.", "sentence": "Lily was glad."}
+    assert label.share_followed(fields, story) == 2 / 4 + 1 / 2 + 2 / 3 + 0  # "plot twist" cannot be told by rule
+    assert label.share_followed({"sentence": "Lily ran to the dog."}, story) == 1
+    assert label.share_followed({"features": "plot twist"}, story) == label.share_followed({}, story) == 0

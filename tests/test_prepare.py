@@ -285,7 +285,8 @@ def test_words_are_counted_in_pieces_as_in_the_whole(workplace):
         kinds = ["a", "Don't", "12", ".", "’s", " ", "  ", "\n", "\t", "\r\n", "\xa0", "\u3000", "日"]
         text = "".join(draw.choices(kinds, k=draw.randrange(20)))
         pieces = prepare.PIECES.findall(text)
-        assert [word for piece in pieces for word in prepare.WORDS.findall(piece)] == prepare.WORDS.findall(text)
+        words = [word for piece in pieces for word in prepare.GPT2_PATTERN.findall(piece)]
+        assert words == prepare.GPT2_PATTERN.findall(text)
 
 
 def test_max_stories_leaves_val_alone(workplace):
@@ -467,7 +468,7 @@ def test_a_story_with_spans_is_not_repaired(workplace):
 
 def test_bpe_agrees_with_an_independent_trainer():
     """Hugging Face's trainer makes the same merges in the same order, and the same ids of unseen text."""
-    words = Counter(word.encode() for word in regex.findall(prepare.WORDS, CORPUS))
+    words = Counter(word.encode() for word in regex.findall(prepare.GPT2_PATTERN, CORPUS))
     ours = prepare.train_bpe(words, 700)
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -481,7 +482,7 @@ def test_bpe_agrees_with_an_independent_trainer():
 
 def test_trimming_keeps_the_most_used_tokens_and_every_text():
     """GPT-2's way: of a larger vocabulary, the most used tokens and what they are merged from."""
-    words = Counter(word.encode() for word in regex.findall(prepare.WORDS, CORPUS))
+    words = Counter(word.encode() for word in regex.findall(prepare.GPT2_PATTERN, CORPUS))
     large = prepare.train_bpe(words, 700)
     text = "The kite and the boat. " * 5 + "A drum."
     encoding = prepare.make_encoding(large)
