@@ -5,6 +5,7 @@
     python sample.py --interactive                                    type beginnings; the model continues them
     python sample.py --serve=8000                                     answer other programs, as OpenAI's API does
     python sample.py --words="run, dog, red" --features="dialogue"    for a model trained with prepare.py --instruct
+    python sample.py --words="run, dog, red" --best_of=16             the one of 16 stories that follows this best
 
 A model gives a probability to every token that could come next. `pick` draws one of them, and `generate` repeats
 this until <|endoftext|> is drawn. Then come two ways to do that faster, on a GPU and on a CPU, and at last stories,
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from model import GPT, Cache, GPTConfig
 from prepare import instruction, load_ranks, make_encoding
-from records import EOT
+from records import EOT, details
 
 
 def load_run(path, device="cpu", block_size=0):
@@ -39,9 +40,7 @@ def load_run(path, device="cpu", block_size=0):
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = GPT(config).to(device)
     model.load_state_dict(checkpoint["model"])
-    folder = path
-    if path.endswith(".pt"):
-        folder = os.path.dirname(path) or "."
+    folder = (os.path.dirname(path) or ".") if path.endswith(".pt") else path
     tokenizer = os.path.join(folder, "tokenizer.tiktoken")
     if not os.path.exists(tokenizer) or file_hash(tokenizer) != checkpoint["tokenizer"]:
         sys.exit(f"{tokenizer} is missing, or is not the one this model was trained with: copy it from "
@@ -182,27 +181,27 @@ def reuse_graphs(model, batch_size, settings):
     return graphed_step
 
 
-def speed_up_single_rows(model, parts=2):
+def speed_up_single_rows(model):
     """Make the matrix products of a float32 model on a CPU faster where one story is written, token by token.
 
     When torch multiplies a weight by a single row, it uses only a fraction of the memory's bandwidth. The
     same product as a batch of two halves reads the weight up to four times as fast. Only plain nn.Linear layers are
     changed, and only in how they compute, so this works for any model.py."""
     for layer in model.modules():
-        if type(layer) is torch.nn.Linear and layer.bias is None and layer.out_features % parts == 0:
-            layer.forward = single_row_forward(layer, parts)
+        if type(layer) is torch.nn.Linear and layer.bias is None and layer.out_features % 2 == 0:
+            layer.forward = single_row_forward(layer)
 
 
-def single_row_forward(layer, parts):
-    """A forward function for one linear layer, which multiplies in `parts` if it is given a single row."""
+def single_row_forward(layer):
+    """A forward function for one linear layer, which multiplies in halves if it is given a single row."""
     any_rows = layer.forward
-    weight = layer.weight.detach().view(parts, -1, layer.in_features)  # a view: nothing is copied
+    halves = layer.weight.detach().view(2, -1, layer.in_features)  # a view: nothing is copied
 
     def forward(x):
         if x.numel() != layer.in_features:
             return any_rows(x)
-        row = x.reshape(1, 1, -1).expand(parts, -1, -1)  # (parts, 1, in_features)
-        return torch.bmm(weight, row.transpose(1, 2)).view(*x.shape[:-1], -1)
+        row = x.reshape(1, 1, -1).expand(2, -1, -1)  # (2, 1, in_features)
+        return torch.bmm(halves, row.transpose(1, 2)).view(*x.shape[:-1], -1)
     return forward
 
 
@@ -218,14 +217,18 @@ def write_stories(model, encoding, prompt, max_tokens, seeds, **settings):
     return [ids[1:] + [token for token in row if token != encoding.eot_token] for row in rows]
 
 
-def print_stories(model, encoding, prompt, seeds, settings):
-    """Print one story per seed, separated as in a corpus, each batch as soon as it has ended."""
-    at_once = max_batch(model)
+def print_stories(model, encoding, prompt, seeds, best_of, score, **settings):
+    """Print stories, separated as in a corpus, each batch as soon as it has ended: one for every `best_of` seeds, the one
+    with the highest score(text)."""
+    at_once = max(1, max_batch(model) // best_of) * best_of
     starts = range(0, len(seeds), at_once)
     separator = ""
-    for i in tqdm(starts, "batches", leave=False, disable=None if len(starts) > 1 else True):
-        for ids in write_stories(model, encoding, prompt, seeds=seeds[i:i + at_once], **settings):
-            tqdm.write(separator + encoding.decode(ids))
+    for start in tqdm(starts, "batches", leave=False, disable=None if len(starts) > 1 else True):
+        batch = write_stories(model, encoding, prompt, seeds=seeds[start:start + at_once], **settings)
+        stories = [encoding.decode(ids) for ids in batch]
+        for i in range(0, len(stories), best_of):
+            best = max(stories[i:i + best_of], key=score) if best_of > 1 else stories[i]
+            tqdm.write(separator + best)
             separator = EOT + "\n"
 
 
@@ -282,8 +285,8 @@ def chat(model, encoding, instructions, settings, parser):
 
 
 def change_setting(text, settings, parser):
-    """Change one of the settings from "name=value", or show them all if the text is empty."""
-    name, _, value = text.replace(" ", "=", 1).partition("=")
+    """Change one of the settings from "name=value" or "name value", or show them all if the text is empty."""
+    name, _, value = text.replace("=", " ").partition(" ")
     if not name:
         print("  ".join(f"/{key}={current}" for key, current in settings.items()))
         return
@@ -314,9 +317,11 @@ def command_line():
     parser.option("top_p", 1.0, "draw from the likeliest tokens that together have this probability", low=0.01,
                   high=1)
     parser.option("min_p", 0.0, "draw from tokens of at least this share of the highest probability", low=0, high=1)
-    parser.option("words", "", "words to use, for a model trained on instructions")
+    parser.option("words", "", "words to use: a verb, a noun, an adjective, for a model trained on instructions")
     parser.option("features", "", "features such as dialogue, for a model trained on instructions")
     parser.option("summary", "", "what happens, for a model trained on instructions")
+    parser.option("best_of", 1, "write so many stories for each that is shown: the one that has most of --words, --summary "
+                  "and, of --features, dialogue, bad ending and moral value", low=1)
     parser.option("serve", 0, "answer other programs at this port of this machine, as OpenAI's API does, e.g. 8000",
                   low=0, high=65535)
     parser.option("interactive", False, "type beginnings; the model continues them")
@@ -328,13 +333,14 @@ def command_line():
 
 
 def read_instructions(args, checkpoint):
-    """What stands before the story for a model trained on instructions, and "" for any other model."""
-    fields = {name: getattr(args, name) for name in ("features", "words", "summary") if getattr(args, name)}
+    """({field: text} of the instructions, and what stands before the story: "" if the model has not learned any)."""
+    known = details({name: getattr(args, name) for name in ("features", "words", "summary")})  # as in training
+    fields = {name: value if isinstance(value, str) else ", ".join(value) for name, value in known.items() if value}
     instructed = checkpoint.get("instruct")  # whether its stories had instructions; None if the checkpoint is older
     if fields and instructed is False:
         sys.exit(f"this model has not learned instructions: leave out --{next(iter(fields))}, or train a model on a "
                  "dataset made with prepare.py --instruct")
-    return instruction(fields) if fields or instructed else ""
+    return fields, (instruction(fields) if fields or instructed else "")
 
 
 def main(argv=None):
@@ -345,27 +351,34 @@ def main(argv=None):
     except UnicodeEncodeError:
         sys.exit("--prompt or an instruction is not UTF-8: set the terminal to UTF-8")
     prompt = args.prompt.rstrip()  # a token holds the space before a word, so the model writes it itself
-    if (args.interactive or args.serve) and (prompt or args.num_samples > 1 or args.interactive and args.serve):
-        sys.exit("--interactive and --serve ask for each beginning: leave out --prompt, --num_samples and the other of "
-                 "the two")
+    n_stories = args.num_samples * args.best_of
+    if (args.interactive or args.serve) and (prompt or n_stories > 1 or args.interactive and args.serve):
+        sys.exit("--interactive and --serve ask for each beginning: leave out --prompt, --num_samples, --best_of and "
+                 "the other of the two")
+    if args.best_of > 1 and not (args.words or args.features or args.summary):
+        sys.exit("--best_of chooses by instructions: add --words, --features or --summary, or leave it out")
     device, dtype = pick_device(args.device, args.dtype)
     run = args.run or args.out_dir or newest_run()
     model, checkpoint, encoding = load_run(run, device)
     model = model.to(dtype)
-    instructions = read_instructions(args, checkpoint)
+    fields, instructions = read_instructions(args, checkpoint)
     settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "max_tokens")}
-    if args.num_samples == 1 and device.type == "cpu" and dtype == torch.float32:
+    if n_stories == 1 and device.type == "cpu" and dtype == torch.float32:
         speed_up_single_rows(model)
     if args.serve:
         from lab.serve import serve  # only here: it imports this file
         serve(args.serve, run, model, encoding, instructions, {**settings, "seed": args.seed})
     elif args.interactive:
         chat(model, encoding, instructions, {**settings, "seed": args.seed}, parser)
-    elif args.num_samples == 1:
+    elif n_stories == 1:
         stream_story(model, encoding, instructions + prompt, seed=args.seed, **settings)
     else:
-        print_stories(model, encoding, instructions + prompt, range(args.seed, args.seed + args.num_samples), settings)
+        def score(story):
+            from lab.label import share_followed  # only here: the stages do without the laboratory
+            return share_followed(fields, story.removeprefix(instructions))
+        print_stories(model, encoding, instructions + prompt, range(args.seed, args.seed + n_stories), args.best_of,
+                      score, **settings)
 
 
 if __name__ == "__main__":
-    run_main(main, lower="--num_samples")
+    run_main(main, lower="--num_samples or --best_of")

@@ -83,6 +83,7 @@ def classroom(prepared_world, monkeypatch):
     ("11_speed", [], "rung-10-vocabulary-1", ["loss on small"]),
     ("12_names", [], "moved-1", ["loss on swapped", "spans of swapped"]),
     ("13_transfer", [], "told-then-real-1", ["loss on tinystories", "probes", "spans of told"]),
+    ("13_mixes", [], "mix-third-1", ["loss on tinystories", "probes", "spans of told"]),
 ])
 def test_one_step_of_a_lesson_trains_and_grades_its_models(classroom, script, options, run, sections):
     main_of(script)(["--seeds=1", "--max_steps=1", *options])

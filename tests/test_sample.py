@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import sample
 import train
 from conftest import error_of, make_stories, write_jsonl
+from lab.label import share_followed
 from model import Cache
 from prepare import main as prepare
 from records import read_records
@@ -127,7 +128,7 @@ def test_text_streams_on_after_bytes_that_are_no_text(capsys):
 
 
 def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
-    typed = "Tim saw\n/temperature=0\n/\n/color=red\n/top_k=-1\nTim saw\nTim saw\n/quit\nTim saw\n"
+    typed = "Tim saw\n/temperature = 0\n/\n/color=red\n/top_k=-1\nTim saw\nTim saw\n/quit\nTim saw\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     sample.main([f"--out_dir={run}", "--interactive", "--max_tokens=20", "--device=cpu"])
     out = capsys.readouterr().out
@@ -144,6 +145,7 @@ def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
     (["--interactive", "--prompt=Tim"], "ask for each beginning: leave out"),
     (["--interactive", "--num_samples=2"], "ask for each beginning: leave out"),
     (["--serve=8000", "--prompt=Tim"], "ask for each beginning: leave out"),
+    (["--best_of=4"], "add --words"), (["--interactive", "--best_of=4", "--words=run"], "leave out"),
     (["--temperature=nan"], "--temperature=nan must be"),
     (["--prompt=caf\udce9"], "not UTF-8"), (["--words=caf\udce9"], "not UTF-8"),  # what Python makes of Latin-1
     (["--seed=99999999999999999999"], "--seed"), (["--min_p=nan"], "--min_p"), (["--max_tokens=inf"], "--max_tokens"),
@@ -164,8 +166,16 @@ def test_a_model_that_learned_instructions_is_asked_with_them(workplace, capsys)
     capsys.readouterr()
     sample.main(["--out_dir=out/asked", "--prompt=Tim", "--max_tokens=1"])
     assert capsys.readouterr().out.startswith("Story:\nTim")
-    sample.main(["--out_dir=out/asked", "--words=run, dog", "--features=dialogue", "--max_tokens=1"])
+    sample.main(["--out_dir=out/asked", "--words=run,dog", "--features=dialogue", "--max_tokens=1"])
     assert capsys.readouterr().out.startswith("Features: dialogue\nWords: run, dog\nStory:\n")
+    options = ["--out_dir=out/asked", "--prompt=Tim", "--words=a, s", "--max_tokens=20", "--temperature=1"]
+    sample.main([*options, "--num_samples=8"])
+    stories = capsys.readouterr().out.split("<|endoftext|>\n")
+    sample.main([*options, "--num_samples=2", "--best_of=4"])
+    best = capsys.readouterr().out.split("<|endoftext|>\n")
+    scores = [share_followed({"words": "a, s"}, story.partition("Story:\n")[2]) for story in stories]
+    assert min(scores[:4]) < max(scores[:4])
+    assert [max(scores[:4]), max(scores[4:])] == [scores[stories.index(story)] for story in best]
     assert "has not learned instructions" in error_of(sample.main, ["--out_dir=out/plain", "--words=run"], capsys)
 
 
