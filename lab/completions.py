@@ -120,6 +120,8 @@ def grade_instructions(subject, dataset, max_tokens, best_of=1):
             group.append((prompt, fields))
     figures = {}
     for name, group in groups.items():
+        if not group:
+            continue
         prompts, requests = [prompt for prompt, _ in group], [fields for _, fields in group]
         completions = complete(subject, prompts, max_tokens, best_of, title="following instructions")
         stories = [max(map(subject.encoding.decode, candidates), key=partial(share_followed, fields))
