@@ -740,6 +740,10 @@ def main(argv=None):
         dist.barrier()  # otherwise a process may be gone while another still needs it
         run.forward = run.model  # DistributedDataParallel would keep the process group alive
         dist.destroy_process_group()
+        if run.rank > 0 and not signals:
+            # without Python's clean-up, in which a thread of torch's aborts some processes; torchrun would then end the
+            # first one as well, which has yet to score
+            os._exit(0)
     if run.rank == 0 and run.progress() < 1:
         run.say(f"stopped at step {run.step:,} and saved in {run.out_dir}: the same command with --resume continues")
     elif run.rank == 0:
