@@ -218,7 +218,7 @@ def write_stories(model, encoding, prompt, max_tokens, seeds, **settings):
 
 
 def print_stories(model, encoding, prompt, seeds, best_of, score, **settings):
-    """Print stories, separated as in a corpus, each batch as soon as it has ended: one for every `best_of` seeds, the one
+    """Print stories, separated as in a corpus, each batch as soon as it has ended: one for every `best_of` seeds, that
     with the highest score(text)."""
     at_once = max(1, max_batch(model) // best_of) * best_of
     starts = range(0, len(seeds), at_once)
@@ -320,8 +320,8 @@ def command_line():
     parser.option("words", "", "words to use: a verb, a noun, an adjective, for a model trained on instructions")
     parser.option("features", "", "features such as dialogue, for a model trained on instructions")
     parser.option("summary", "", "what happens, for a model trained on instructions")
-    parser.option("best_of", 1, "write so many stories for each that is shown: the one that has most of --words, --summary "
-                  "and, of --features, dialogue, bad ending and moral value", low=1)
+    parser.option("best_of", 1, "write so many stories for each that is shown: the one that has most of --words, "
+                  "--summary and, of --features, dialogue, bad ending and moral value", low=1)
     parser.option("serve", 0, "answer other programs at this port of this machine, as OpenAI's API does, e.g. 8000",
                   low=0, high=65535)
     parser.option("interactive", False, "type beginnings; the model continues them")

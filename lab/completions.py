@@ -141,8 +141,9 @@ def feature_tests(dataset, n=8_000):
     meta, stories = load_meta(dataset), []  # stories: (features, text, 4-grams)
     for source in meta["source"]:
         if source["file"].endswith(".jsonl") and os.path.exists(source["file"]):
+            records = read_records(source["file"], meta.get("field", "story"))
             stories += [(details(record)["features"], record["story"], set(ngrams(words_of(record["story"]), 4)))
-                        for record in islice(read_records(source["file"], meta.get("field", "story")), n - len(stories))]
+                        for record in islice(records, n - len(stories))]
     everywhere = Counter(fourgram for *_, fourgrams in stories for fourgram in fourgrams)
     tests = {}
     for feature, count in Counter(feature for features, *_ in stories for feature in features).items():

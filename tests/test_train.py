@@ -349,7 +349,7 @@ def test_a_run_interrupted_while_it_was_scored_is_scored_when_resumed(in_prepare
     run("unscored", "--max_steps=3", "--evals=0", "--resume")
     assert "\nval_bpb: " in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(train, "trim_log", None)  # all processes of torchrun come here, and must not write the log at once
+        patch.setattr(train, "trim_log", None)  # all processes of torchrun come here: none may write the log
         run("unscored", "--max_steps=3", "--evals=0", "--resume")
     assert "is finished" in capsys.readouterr().out
     with monkeypatch.context() as patch:  # made longer, its old scores do not count
