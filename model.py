@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import pick_device
+from common.device import pick_device
 
 # (n_layer, n_embd, n_head); the first two are the paper's (Eldan & Li 2023, arXiv 2305.07759)
 SIZES = {"1M": (8, 64, 4), "3M": (8, 128, 4), "8M": (8, 256, 8), "28M": (8, 512, 8), "33M": (4, 768, 12),

@@ -12,40 +12,19 @@ this until <|endoftext|> is drawn. Then come two ways to do that faster, on a GP
 as text instead of tokens.
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
-from common import CommandLine, file_hash, load_checkpoint, newest_run, pick_device, run_main
+from common import CommandLine, run_main
 
-import os
 import sys
 from codecs import getincrementaldecoder
 
 import torch
 from tqdm import tqdm
 
-from model import GPT, Cache, GPTConfig
-from prepare import instruction, load_ranks, make_encoding
-from records import EOT, details
-
-
-def load_run(path, device="cpu", block_size=0):
-    """(model, checkpoint, encoding) of a run's folder or a checkpoint file in it; the model in float32, for inference.
-
-    block_size: a context different from that in training. Learned positions do not allow one."""
-    checkpoint = load_checkpoint(path)
-    config = GPTConfig(**checkpoint["model_config"])
-    if block_size and config.pos == "learned" and block_size != config.block_size:
-        sys.exit(f"{path} has learned positions for a context of {config.block_size} tokens and no other")
-    config.block_size = block_size or config.block_size
-    # cuDNN's attention makes a plan for each new shape, which takes up to half a second; in a story, every token has a
-    # new one
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    model = GPT(config).to(device)
-    model.load_state_dict(checkpoint["model"])
-    folder = (os.path.dirname(path) or ".") if path.endswith(".pt") else path
-    tokenizer = os.path.join(folder, "tokenizer.tiktoken")
-    if not os.path.exists(tokenizer) or file_hash(tokenizer) != checkpoint["tokenizer"]:
-        sys.exit(f"{tokenizer} is missing, or is not the one this model was trained with: copy it from "
-                 f"data/{checkpoint['datasets'][0]}")
-    return model.eval(), checkpoint, make_encoding(load_ranks(folder))
+from common.dataset import instruction
+from common.device import pick_device
+from common.records import EOT, details
+from common.runs import load_run, newest_run
+from model import GPT, Cache
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -9,38 +9,39 @@
 
 Writes out/<run>/ckpt.pt and log.jsonl, and ends with a summary of `name: value` lines.
 
-Read this file from top to bottom: the options, the data, the run, what happens before the first step, the loop
-(`train`) with its parts, and what happens after the last step. `main`, at the end, calls these parts in this order.
+Read this file from top to bottom: the options, the run, the loop (`train`) with its parts, and what happens after the
+last step. `main`, at the end, calls them in this order. How rows are cut from the token bins stands in
+common/dataset.py, how a run is fitted to a GPU's memory in common/fit.py, and how it is saved and continued in
+common/runs.py.
 
 A step trains on --batch_tokens tokens. They are rows of --block_size tokens, split into micro batches that fit into
 memory: the gradients of the micro steps add up to those of the whole batch (gradient accumulation).
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
-from common import (RESUMABLE, Clock, CommandLine, check_writable, is_out_of_memory, keep_freed_memory, load_checkpoint,
-                    lock, peak_flops, peak_memory, read_lines, run_main, save_checkpoint, start_processes, stop_signals,
-                    trim_log, usable_memory)
+from common import CommandLine, is_out_of_memory, run_main, stop_signals
 
 import contextlib
 import functools
-import inspect
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from eval import check_bin, evaluate_mix, read_spans, skill_accuracy
+from common.dataset import TrainData
+from common.device import keep_freed_memory, peak_flops, peak_memory, start_processes
+from common.files import read_lines
+from common.fit import (choose_batch_tokens, end_out_of_memory, max_micro_batch, plan_batch, prepare_forward,
+                        should_compile)
+from common.runs import (Clock, keep_weights, load_initial_weights, open_run_folder, read_own_checkpoint, restore,
+                         save_run, trim_log)
+from eval import evaluate_mix, read_spans, skill_accuracy
 from model import GPT, POSITIONS, SIZES, GPTConfig, lr_multiplier, make_optimizers
-from prepare import load_meta, load_tokenizer, load_tokens
 from sample import write_stories
 
 
@@ -119,99 +120,8 @@ def fill_defaults(args):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# data: the token bins are one long stream, cut into rows of block_size tokens (see read_rows). Within a row, a story
-# may see the end of the one before it. The files are mapped into memory, and never loaded whole.
-
-
-def parse_mix(text):
-    """{"a": 0.3, "b": 0.7} from "a:3,b:7": the weights are scaled to sum to one."""
-    try:
-        parts = [part.partition(":") for part in text.split(",")]
-        weights = {name: float(weight or 1) for name, _, weight in parts}
-        if len(weights) < len(parts) or not all(0 <= weight < math.inf for weight in weights.values()):
-            raise ValueError
-        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    except (ValueError, ZeroDivisionError):
-        sys.exit(f"--dataset={text} must be a name, or name:weight,name:weight")
-
-
-@functools.lru_cache(32)  # a shuffle takes longer than a step
-def row_places(n_tokens, length, seed, epoch):
-    """Places `length` tokens apart, one for each row of an epoch, in the order in which it visits them. Each epoch has
-    other places."""
-    rng = np.random.default_rng((seed, epoch))
-    n_rows = n_tokens // length - 1
-    offset = rng.integers(n_tokens - n_rows * length)
-    return offset + length * rng.permutation(n_rows)
-
-
-def read_rows(tokens, story_starts, length, first, count, seed):
-    """Rows `first` to `first + count` of an endless walk over `tokens`, (count, length + 1) int64.
-
-    In the first epoch, a row begins with the story at its place, so that the model sees all that the story refers to,
-    unless that is a row or more before. Later epochs cut stories anywhere, since the same rows again would teach less.
-    Rows depend on the seed and the epoch alone, so that a resumed run continues the walk exactly. A row has one extra
-    token, the target of its last input."""
-    n_rows = len(tokens) // length - 1
-    rows = np.empty((count, length + 1), np.int64)
-    for i in range(count):
-        epoch, place = divmod(first + i, n_rows)
-        start = row_places(len(tokens), length, seed, epoch)[place]
-        story = story_starts[np.searchsorted(story_starts, start, side="right") - 1]
-        if epoch == 0 and start - story < length:
-            start = story
-        rows[i] = tokens[start:start + length + 1]
-    return rows
-
-
-class TrainData:
-    """The train splits of a mix of datasets; `rows_read` counts the rows read from each, which a checkpoint
-    needs in order to go on."""
-
-    def __init__(self, args):
-        self.seed, self.length = args.seed, args.block_size
-        self.mix = parse_mix(args.dataset)  # {name: weight}
-        if "world" in self.mix:
-            from lab.world import ensure_prepared  # only here: the stages do without the laboratory
-            ensure_prepared()
-        self.metas = {name: load_meta(name) for name in self.mix}
-        self.first = next(iter(self.mix))
-        self.encoding = load_tokenizer(self.first)  # of all datasets, see below
-        self.tokenizer = self.metas[self.first]["tokenizer"]["sha256"]
-        self.hashes = [meta["train"]["sha256"] for meta in self.metas.values()]
-        self.tokens, self.story_starts = [], []  # of each dataset; tokens are memory-mapped
-        for name, meta in self.metas.items():
-            check_bin(name, "train")
-            check_bin(name, "val")
-            tokens = load_tokens(name, "train")
-            if meta["tokenizer"]["sha256"] != self.tokenizer:
-                # the tokenizer of the larger dataset suits both better
-                smaller, larger = sorted((name, self.first), key=lambda each: self.metas[each]["train"]["bytes"])
-                sys.exit(f"{self.first} and {name} have different tokenizers: run python prepare.py "
-                         f"--dataset={smaller} --tokenizer={larger}, with its --input and other options as before")
-            if len(tokens) < 2 * args.block_size:
-                sys.exit(f"{name} has {len(tokens)} train tokens, fewer than two rows: lower --block_size or add "
-                         "stories")
-            self.tokens.append(tokens)
-            self.story_starts.append(np.flatnonzero(tokens[:-1] == meta["eot"]))
-        self.rows_read = [0] * len(self.tokens)
-        self.epoch_tokens = sum(map(len, self.tokens))
-
-    def batch(self, step, count):
-        """The rows of a step, (count, block_size + 1) int64: each comes from a dataset drawn by the mix's weights."""
-        # every process draws the same numbers, and so does a resumed run: they depend on the seed and the step alone
-        source = np.random.default_rng((self.seed, step)).choice(len(self.tokens), count, p=list(self.mix.values()))
-        rows = np.empty((count, self.length + 1), np.int64)
-        for i, tokens in enumerate(self.tokens):
-            n = int((source == i).sum())
-            rows[source == i] = read_rows(tokens, self.story_starts[i], self.length, self.rows_read[i], n, self.seed)
-            self.rows_read[i] += n
-        return torch.from_numpy(rows)
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# a run: what it consists of, and how it is saved and continued. Every process of torchrun has a Run of its own, with
-# the same data, weights and step; process 0 alone writes files and prints.
+# a run. Every process of torchrun has a Run of its own, with the same data, weights and step; process 0 alone writes
+# files and prints.
 
 
 class Run:
@@ -224,7 +134,7 @@ class Run:
         self.out_dir = args.out_dir or os.path.join("out", name)
         self.log_path = os.path.join(self.out_dir, "log.jsonl")
         self.lock = None
-        checkpoint = read_own_checkpoint(self)  # None if the run is new
+        checkpoint = read_own_checkpoint(self, vars(command_line().parse_args([])))  # None if the run is new
 
         # the model, and what it learns with
         torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -286,145 +196,6 @@ class Run:
                 file.write(json.dumps(line) + "\n")
 
 
-def choose_batch_tokens(args, tokens, device):
-    """The total batch size for a run of `tokens` tokens, unless --batch_tokens is given.
-
-    Small steps learn the most from few tokens, and a CPU takes them as fast as large ones. A GPU would be idle for most
-    of a small step. A long run loses little with larger ones, so there the batch grows with the square root of its
-    length, in powers of two."""
-    if device.type != "cuda" or args.max_steps:
-        return 4096
-    if args.max_minutes:
-        return 16384 if args.max_minutes > 2 else 4096
-    exponent = round(math.log2(4096 * (tokens / 5e6) ** 0.5))
-    return min(max(4096, 2**exponent), 65536)
-
-
-def max_micro_batch(run):
-    """The largest micro batch in rows, unless --batch_size is given: 8,192 tokens, or 128 rows on a GPU, as far as half
-    of the GPU's memory or a quarter of the RAM holds them; other programs need that too."""
-    # what the backward pass needs of each token without compiling: about 50 bytes per channel and layer, as a test
-    # measures it, and 12 per logit (in 16 bits, in float32, and its gradient)
-    token_bytes = 50 * run.config.n_layer * run.config.n_embd + 12 * run.config.vocab_size
-    if run.device.type == "cuda":
-        memory, rows = torch.cuda.get_device_properties(run.device).total_memory / 2, 128
-    else:
-        memory, rows = usable_memory() / 4, 8192 // run.config.block_size
-    return max(1, int(min(memory / (token_bytes * run.config.block_size), rows)))
-
-
-def plan_batch(run, max_rows):
-    """(micro-batch size in rows, micro steps a step), so that all processes together train on --batch_tokens."""
-    rows = run.args.batch_tokens // run.args.block_size
-    rows_each, rest = divmod(rows, run.processes)
-    if not rows_each or rest:
-        sys.exit(f"--batch_tokens={run.args.batch_tokens} is {rows} rows of --block_size={run.args.block_size}, which "
-                 f"{run.processes} process(es) cannot share: choose a multiple")
-    micro_batch = max(n for n in range(1, min(max_rows, rows_each) + 1) if rows_each % n == 0)
-    return micro_batch, rows_each // micro_batch
-
-
-def read_own_checkpoint(run):
-    """The checkpoint that --resume continues, checked against options and data; None for a new run."""
-    args, path = run.args, os.path.join(run.out_dir, "ckpt.pt")
-    if run.rank == 0 and os.path.isdir(run.out_dir):
-        run.lock = lock(os.path.join(run.out_dir, "train.lock"))  # keeps other runs of train.py out
-    if not args.resume:
-        if os.path.exists(path):
-            sys.exit(f"{run.out_dir} holds a run: add --resume to continue it (and a larger --max_tokens, if it is "
-                     "finished), or name another with --out_dir=out/NAME")
-        return None
-    if not os.path.exists(path):
-        sys.exit(f"there is no run in {run.out_dir} to continue: leave --resume out, or name a run with --out_dir")
-    checkpoint = load_checkpoint(path)
-    # the run must go on with what was chosen for it
-    args.batch_tokens = args.batch_tokens or checkpoint["args"]["batch_tokens"]
-    # options that the checkpoint does not know had today's defaults, except for the model's: it was built without them
-    before = vars(command_line().parse_args([])) | asdict(GPTConfig(**checkpoint["model_config"])) | checkpoint["args"]
-    for name, value in vars(args).items():
-        if name not in RESUMABLE and before[name] != value:
-            sys.exit(f"{run.out_dir} was trained with --{name}={before[name]}, not {value}: resume with that, or start "
-                     "a new run with another --out_dir")
-    # the walk over the rows goes on where it stopped, which makes sense only in the same bins
-    if (checkpoint["tokenizer"], checkpoint["data_hashes"]) != (run.data.tokenizer, run.data.hashes):
-        sys.exit(f"data/{args.dataset} is not what {run.out_dir} was trained on: prepare it as it was, or start a new "
-                 "run with another --out_dir")
-    return checkpoint
-
-
-def restore(run, checkpoint):
-    """Set model, optimizers, data and clock to where the checkpoint left them."""
-    run.model.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(run.optimizers, checkpoint["optimizers"]):
-        optimizer.load_state_dict(state)
-    if checkpoint["scaler"]:  # empty unless the run was in float16
-        run.scaler.load_state_dict(checkpoint["scaler"])
-    run.step, run.data.rows_read = checkpoint["step"], checkpoint["rows_read"]
-    run.clock = Clock(checkpoint["seconds"])
-
-
-def load_initial_weights(run):
-    """Start from the weights of --init_from, a run of the same shape and tokenizer."""
-    old = load_checkpoint(run.args.init_from)
-    # GPTConfig's defaults say how models were built before a field was added
-    before, now = asdict(GPTConfig(**old["model_config"])), asdict(run.config)
-    if run.config.pos != "learned":  # other positions have no weights, so the context may be another
-        before["block_size"] = now["block_size"]
-    different = [f"{field}={before[field]}" for field in now if before[field] != now[field]]
-    if old["tokenizer"] != run.data.tokenizer:
-        different.append("tokenizer")
-    if different:
-        sys.exit(f"--init_from={run.args.init_from} does not fit this run: it has another {', '.join(different)}")
-    run.model.load_state_dict(old["model"])
-
-
-def weights_of(run):
-    """What sample.py and eval.py need from a run."""
-    return {"model": run.model.state_dict(), "step": run.step, "model_config": asdict(run.config),
-            "args": vars(run.args), "datasets": list(run.data.mix), "tokenizer": run.data.tokenizer,
-            "instruct": any(meta["instruct"] for meta in run.data.metas.values())}
-
-
-def save_run(run):
-    """Save all that --resume needs."""
-    if run.rank == 0:
-        state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-                 "scaler": run.scaler.state_dict(), "seconds": run.clock.seconds(), "rows_read": run.data.rows_read,
-                 "data_hashes": run.data.hashes}
-        save_checkpoint({**weights_of(run), **state}, os.path.join(run.out_dir, "ckpt.pt"))
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# before the first step. All options have been checked by now, so nothing is refused after this.
-
-
-def should_compile(run):
-    """Whether the run is long enough for compiling, which takes half a minute and makes a step up to twice as fast."""
-    if run.args.compile != "auto":
-        return run.args.compile == "True"
-    if run.device.type == "mps":
-        return False
-    if run.args.max_minutes:
-        return run.args.max_minutes > 2
-    two_minutes = 2e13  # FLOPs that take about so long without compiling
-    if run.device.type == "cuda":
-        two_minutes = 4e13 * torch.cuda.get_device_properties(run.device).multi_processor_count
-    return run.max_steps * run.step_tokens * run.flops_per_token > two_minutes
-
-
-def open_run_folder(run):
-    """Create the run's folder, copy the tokenizer into it, and start the log, or trim it for a resumed run."""
-    if run.rank == 0:
-        has_checkpoint = os.path.exists(os.path.join(run.out_dir, "ckpt.pt"))  # which stays until the next is written
-        # a checkpoint has at most three numbers of 4 bytes per weight: itself, and the two averages of AdamW
-        check_writable(run.out_dir, 12 * run.model.num_params() * (1 if has_checkpoint else 2))
-        os.makedirs(run.out_dir, exist_ok=True)
-        run.lock = run.lock or lock(os.path.join(run.out_dir, "train.lock"))
-        tokenizer = "tokenizer.tiktoken"  # its content alone: data/ may be write-protected
-        shutil.copyfile(os.path.join("data", run.data.first, tokenizer), os.path.join(run.out_dir, tokenizer))
-        trim_log(run.log_path, run.step)
-
-
 def describe(run):
     """Say what is trained, on how much, and where."""
     args, model = run.args, run.model
@@ -441,53 +212,6 @@ def describe(run):
     run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embeddings and head; "
             f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; weights, gradients and optimizer take "
             f"up to {n_bytes / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
-
-
-def prepare_forward(run):
-    """Compile the model if that is wanted, find a micro batch that fits into a GPU's memory, and share the model among
-    processes. Compiling and memory are tried out with a batch of zeros, which changes no weight."""
-    if run.compiling:
-        run.say("compiling, about half a minute")
-    while run.compiling or run.device.type == "cuda":
-        try:
-            run.forward = torch.compile(run.model, dynamic=False) if run.compiling else run.model
-            try_batch(run)
-            break
-        except Exception as error:
-            if is_out_of_memory(error):
-                halve_micro_batch(run)
-            elif run.compiling:  # no compiler, an old GPU, …: the plain model trains as well
-                run.say(f"compiling fails here ({error.__class__.__name__}): going on without it, more slowly")
-                run.forward, run.compiling = run.model, False
-            else:
-                raise
-    if run.processes > 1:
-        smallest = torch.tensor(run.micro_batch)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        run.micro_batch, run.micro_steps = plan_batch(run, smallest.item())
-        # the buffers are the same everywhere; how to say so depends on the version of torch
-        has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        no_sync = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
-        run.forward = DistributedDataParallel(run.forward, gradient_as_bucket_view=True, **no_sync)
-
-
-def try_batch(run):
-    """The forward and the backward pass of a micro batch of zeros. Compiled code is made for the shapes of this one."""
-    idx = torch.zeros(run.micro_batch, run.args.block_size + 1, dtype=torch.int64, device=run.device)
-    try:
-        with run.autocast():
-            loss = run.forward(idx[:, :-1], idx[:, 1:]).mean()
-        loss.backward()
-    finally:
-        run.model.zero_grad(set_to_none=True)
-
-
-def halve_micro_batch(run):
-    """Go on with smaller micro batches, and more of them: the step stays the same."""
-    if run.micro_batch == 1:
-        sys.exit("not even one row fits into memory: lower --block_size, --n_embd or --n_layer")
-    run.micro_batch, run.micro_steps = plan_batch(run, run.micro_batch // 2)
-    run.say(f"out of memory: going on with micro batches of {run.micro_batch} rows")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -529,8 +253,8 @@ def train(run, signals):
 
         # evaluate and save, so that at most the steps since the last save can be lost
         paused = time.perf_counter()
-        if args.keep == "log" and run.rank == 0 and run.step & (run.step - 1) == 0:  # a power of two
-            save_checkpoint(weights_of(run), os.path.join(run.out_dir, f"ckpt-{run.step:07d}.pt"))
+        if args.keep == "log" and run.step & (run.step - 1) == 0:  # a power of two
+            keep_weights(run)
         if evaluating:
             evaluate_and_save(run)
             progress, stopping = sync_progress(run, signals)  # an evaluation takes time
@@ -569,7 +293,7 @@ def set_learning_rate(run, progress):
 
 def micro_batches(run):
     """Yield this process's share of the next step's rows, (micro_batch, block_size + 1), and whether it is the last."""
-    rows = run.data.batch(run.step, run.micro_batch * run.micro_steps * run.processes)
+    rows = torch.from_numpy(run.data.batch(run.step, run.micro_batch * run.micro_steps * run.processes))
     rows = rows.view(run.micro_steps, run.processes, run.micro_batch, -1)[:, run.rank]
     if run.device.type == "cuda":
         rows = rows.pin_memory()
@@ -703,16 +427,6 @@ def summarize(run):
     return {**summary, "steps": run.step, "tokens": tokens, "epochs": f"{tokens / run.data.epoch_tokens:.2f}",
             "seconds": f"{run.clock.seconds():.1f}", "parameters": run.model.num_params(),
             "peak_memory_mb": peak_memory(run.device), "out_dir": run.out_dir}
-
-
-def end_out_of_memory(run):
-    """End the program with a line that says how to go on with less memory."""
-    smaller = f"--batch_size={run.micro_batch // 2}"
-    if run.micro_batch == 1:
-        smaller = "a smaller --block_size, --n_embd or --n_layer, as a new run"
-    elif os.path.exists(os.path.join(run.out_dir, "ckpt.pt")):
-        smaller = f"--resume {smaller}: the last checkpoint stays"
-    sys.exit(f"out of memory at step {run.step:,}: close other programs, or run the same command again with {smaller}")
 
 
 def main(argv=None):

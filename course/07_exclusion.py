@@ -10,8 +10,9 @@ from contextlib import ExitStack
 import torch
 from lesson import command_line, prepare, run_main, train, write_world
 
-from common import pick_device
-from eval import load_subject, passes, read_spans
+from common.device import pick_device
+from common.results import load_subject
+from eval import passes, read_spans
 from lab.interpret import ablate_head, ablate_neurons, logit_lens, projections
 
 N_CHOSEN = 10  # neurons ablated together

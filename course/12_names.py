@@ -10,7 +10,7 @@ import re
 
 from lesson import command_line, grade, prepare, run_main, train, write_world
 
-from common import atomic_write
+from common.files import atomic_write
 from lab.world import LISTS, VOCABULARY, WORDS, article, forms_of
 
 MODEL = {"n_layer": 4, "n_embd": 64}

@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import CommandLine, pick_device, run_main
+from common import CommandLine, run_main
+from common.dataset import load_meta, load_tokens
+from common.device import pick_device
 from eval import evaluate, score
 from lab.contenders import NEW_TOKENS, NanoGPT, seconds_of, shape_of, training_step
 from lab.world import stories
 from model import GPT, GPTConfig
-from prepare import load_meta, load_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 

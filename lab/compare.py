@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 
-from common import CommandLine, atomic_write, existing_runs, newest_run, read_lines, run_main
-from eval import format_figure
-from prepare import SKILLS
+from common import CommandLine, run_main
+from common.dataset import SKILLS
+from common.files import atomic_write, read_lines
+from common.results import format_figure
+from common.runs import existing_runs, newest_run
 
 
 def read_run(run):

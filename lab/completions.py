@@ -14,11 +14,15 @@ import regex
 import torch
 from tqdm import tqdm
 
-from common import CommandLine, newest_run, pick_device, run_main
-from eval import HERE, add_section, interval, load_subject, print_section, read_list, split_stories
+from common import ROOT, CommandLine, run_main
+from common.dataset import INSTRUCTIONS, instruction, load_meta, load_tokens, split_stories
+from common.device import pick_device
+from common.files import read_list
+from common.records import SPACELESS, details, read_records
+from common.results import add_section, interval, load_subject, print_section
+from common.runs import newest_run
+from common.tokenizer import load_tokenizer
 from lab.label import FEATURE_RULES, followed, share_followed
-from prepare import INSTRUCTIONS, instruction, load_meta, load_tokenizer, load_tokens
-from records import SPACELESS, details, read_records
 from sample import generate
 
 
@@ -205,7 +209,7 @@ def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a (default: the newest)")
     parser.option("dataset", "", "whose instructions to follow (default: the run's own)")
-    parser.option("prompts", os.path.join(HERE, "data", "prompts.json"), "beginnings of stories")
+    parser.option("prompts", os.path.join(ROOT, "data", "prompts.json"), "beginnings of stories")
     parser.option("each", 10, "completions of each of those", low=1)
     parser.option("best_of", 1, "stories for each instruction, of which the one that follows it best is graded", low=1)
     parser.option("max_tokens", 200, "length limit of a completion", low=1)

@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import keep_freed_memory
+from common.device import keep_freed_memory
 from model import GPT, GPTConfig, make_optimizers
 from sample import generate, speed_up_single_rows
 from train import command_line

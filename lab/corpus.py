@@ -13,13 +13,16 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from common import CommandLine, newest_run, pick_device, run_main
-from eval import add_section, interval, load_subject, print_section
+from common import CommandLine, run_main
+from common.dataset import load_tokens
+from common.device import pick_device
+from common.records import SPACELESS, details, file_format, fingerprint, read_records
+from common.results import add_section, interval, load_subject, print_section
+from common.runs import newest_run
+from common.tokenizer import load_tokenizer
 from generate import missing_words
 from lab.compare import print_table
 from lab.completions import complete, ngrams, pick_stories, words_of
-from prepare import load_tokenizer, load_tokens
-from records import SPACELESS, details, file_format, fingerprint, read_records
 
 # -----------------------------------------------------------------------------------------------------------------
 # diversity: each measurement takes all records of a file, as a list in memory, and returns {figure: text}

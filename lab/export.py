@@ -25,10 +25,13 @@ from html import escape
 import numpy as np
 import torch
 
-from common import CommandLine, atomic_write, newest_run, run_main
+from common import CommandLine, run_main
+from common.dataset import instruction
+from common.files import atomic_write
+from common.runs import load_run, newest_run
+from common.tokenizer import GPT2_PATTERN
 from lab.qwen3 import write_gguf, write_hf
-from prepare import GPT2_PATTERN, instruction
-from sample import generate, load_run
+from sample import generate
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "story_page.html")
 STORIES = 10  # that the model writes, for the check

@@ -25,11 +25,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as architecture
-from common import CommandLine, atomic_write, load_checkpoint, newest_run, pick_device, run_main
-from eval import HERE, add_section, evaluate, load_subject, passes, read_spans, split_stories
+from common import ROOT, CommandLine, run_main
+from common.dataset import SKILLS, load_meta, load_tokens, split_stories
+from common.device import pick_device
+from common.files import atomic_write
+from common.results import add_section, load_subject
+from common.runs import load_checkpoint, newest_run
+from eval import evaluate, passes, read_spans
 from lab.interpret_page import run_page
 from lab.world import LISTS, VOCABULARY, forms_of
-from prepare import SKILLS, load_meta, load_tokens
 
 NEAREST = 64  # explained are the attention logits of each query for this many of its nearest keys
 MIN_EXPLAINED = 0.2  # a head's type, distance or words, explains at least this share of their variance,
@@ -497,7 +501,7 @@ def skill_probes(dataset):
     source = "spans of validation stories"
     if not probes:
         source = "data/probes.json, since these stories have no spans"
-        with open(os.path.join(HERE, "data", "probes.json"), encoding="utf-8") as file:
+        with open(os.path.join(ROOT, "data", "probes.json"), encoding="utf-8") as file:
             by_kind = json.load(file)
         for skill in SKILLS:
             first = [probe for probe in by_kind if probe["skill"] == skill][:40]

@@ -16,13 +16,17 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from ask import ask_all, connect, dollars, open_to_append, parse_server_args, without_thoughts
-from common import CommandLine, newest_run, pick_device, read_lines, run_main
-from eval import HERE, add_section, interval, load_subject, print_section, read_list
+from common import ROOT, CommandLine, run_main
+from common.ask import ask_all, connect, dollars, parse_server_args, without_thoughts
+from common.dataset import instruction, load_tokens
+from common.device import pick_device
+from common.files import open_to_append, read_lines, read_list
+from common.records import split_words, word_end
+from common.results import add_section, interval, load_subject, print_section
+from common.runs import newest_run
+from common.tokenizer import load_tokenizer
 from generate import MAX_REQUESTS
 from lab.completions import complete, pick_stories
-from prepare import instruction, load_tokenizer, load_tokens
-from records import split_words, word_end
 
 MARKS = ("grammar", "creativity", "consistency", "plot")
 AGES = {"A": 3, "B": 4.5, "C": 6.5, "D": 8.5, "E": 11, "F": 14.5}  # years
@@ -153,7 +157,7 @@ def main(argv=None):
     parser = CommandLine(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a (default: the newest)")
     parser.option("dataset", "", "take the controls from this dataset (default: the run's own)")
-    parser.option("prompts", os.path.join(HERE, "data", "prompts.json"), "beginnings of stories")
+    parser.option("prompts", os.path.join(ROOT, "data", "prompts.json"), "beginnings of stories")
     parser.option("each", 10, "completions of each of those", low=1)
     parser.option("max_tokens", 200, "length limit of a completion", low=1)
     parser.option("tokenizer", "", "for an hf: model without a tokenizer: the name of another one that has it")

@@ -13,10 +13,11 @@ import re
 import sys
 from collections import Counter
 
-from common import CommandLine, atomic_write, run_main
+from common import CommandLine, run_main
+from common.dataset import load_meta
+from common.files import atomic_write
+from common.records import LETTERS, fingerprint, read_records
 from generate import ENDINGS, WORDS_FILE, inflections, load_words, missing_words
-from prepare import load_meta
-from records import LETTERS, fingerprint, read_records
 
 SAD = re.compile(r"\b(sad(?:ly|der)?|cr(?:y|ied|ying)|tears?|alone|never|sorry|lost|gone|regret\w*|wish(?:ed)?|hurt|"
                  r"too late|d(?:ied|ead)|angry|scared)\b", re.I)

@@ -12,11 +12,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common import atomic_write, rename
+from common.files import atomic_write, rename
+from common.records import EOT
+from common.runs import load_run
+from common.tokenizer import BYTES
 from model import norm
-from prepare import BYTES
-from records import EOT
-from sample import load_run
 
 EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square
 # What Qwen3 cannot compute: the option that a run was trained with, and the value to train with instead.

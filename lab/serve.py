@@ -9,7 +9,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from ask import text_of
+from common.ask import text_of
 from sample import write_story
 
 LONGEST = 1 << 16  # bytes of a request

@@ -69,9 +69,10 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from common import CommandLine, atomic_write, run_main
+from common import CommandLine, run_main
+from common.dataset import load_meta
+from common.files import atomic_write
 from generate import FEATURES, WORDS_FILE, add_ending
-from prepare import load_meta
 
 with open(WORDS_FILE, encoding="utf-8") as file:
     WORDS = json.load(file)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import train
-from eval import Subject, split_stories
-from prepare import load_meta, load_tokenizer
+from common.dataset import load_meta, split_stories
+from common.results import Subject
+from common.tokenizer import load_tokenizer
 from prepare import main as prepare
 
 # A shell can have told tests in its background to ignore these, and what they start would ignore them too.

@@ -1,4 +1,4 @@
-"""common.py: the command line, files that are never half written, devices, and runs on disk."""
+"""common/: the command line, files that are never half written, devices, and runs on disk."""
 import argparse
 import ast
 import errno
@@ -18,7 +18,10 @@ import pytest
 import torch
 
 import common
-from common import CommandLine, atomic_write, load_checkpoint, newest_run, pick_device
+from common import CommandLine, device as device_file, files
+from common.device import pick_device
+from common.files import atomic_write
+from common.runs import load_checkpoint, newest_run
 from conftest import error_of
 from test_model import make_model
 
@@ -103,14 +106,14 @@ def test_a_rename_that_windows_denies_is_tried_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ENOSPC])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, number):
-    common.check_writable(str(tmp_path / "not" / "yet" / "there"), 3 << 20)
+    files.check_writable(str(tmp_path / "not" / "yet" / "there"), 3 << 20)
     assert os.listdir(tmp_path) == []
 
     def refuse(**options):
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(SystemExit, match=f"cannot write 3 MB to .*{os.strerror(number)}"):
-        common.check_writable(str(tmp_path / "new"), 3 << 20)
+        files.check_writable(str(tmp_path / "new"), 3 << 20)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="is about POSIX locks")
@@ -125,9 +128,9 @@ def test_only_a_lock_that_is_held_is_called_one(tmp_path, monkeypatch, capsys, n
     monkeypatch.setattr(fcntl, "lockf", lockf)
     if held:
         with pytest.raises(SystemExit, match="another process is writing"):
-            common.lock(str(tmp_path / "x.lock"))
+            files.lock(str(tmp_path / "x.lock"))
     else:
-        common.lock(str(tmp_path / "x.lock")).close()
+        files.lock(str(tmp_path / "x.lock")).close()
         assert os.strerror(number) in capsys.readouterr().err
 
 
@@ -147,22 +150,22 @@ def test_a_container_limits_the_cpus(tmp_path, monkeypatch, files, cpus):
     """Where 16 of 128 are allowed anyhow."""
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
-    monkeypatch.setattr(common, "CGROUP", control_group(tmp_path, files))
-    assert common.usable_cpus() == cpus
+    monkeypatch.setattr(device_file, "CGROUP", control_group(tmp_path, files))
+    assert device_file.usable_cpus() == cpus
 
 
 def test_a_container_limits_the_memory_and_the_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "CGROUP", str(tmp_path))
-    machine = common.usable_memory()
+    monkeypatch.setattr(device_file, "CGROUP", str(tmp_path))
+    machine = device_file.usable_memory()
     assert machine > 2**28
     control_group(tmp_path, {"memory.max": "max"})
-    assert common.usable_memory() == machine
+    assert device_file.usable_memory() == machine
     control_group(tmp_path, {"memory.max": "123456"})
-    assert common.usable_memory() == 123456
+    assert device_file.usable_memory() == 123456
     threads = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(common, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(device_file, "usable_cpus", lambda: 2)
     pick_device("cpu")
     assert threads == [2]
 
@@ -233,10 +236,10 @@ def test_the_first_import_of_a_stage_is_common(stage):
 
 def test_an_old_python_is_refused_at_once(monkeypatch):
     """By a file that it can still parse, such as the 3.9 of macOS."""
-    ast.parse((ROOT / "common.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+    ast.parse((ROOT / "common" / "__init__.py").read_text(encoding="utf-8"), feature_version=(3, 8))
     monkeypatch.setattr(sys, "version_info", (3, 9, 6))
     with pytest.raises(SystemExit, match="Python 3.11 or later"):
-        runpy.run_path(str(ROOT / "common.py"))
+        runpy.run_path(str(ROOT / "common" / "__init__.py"))
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
@@ -290,7 +293,7 @@ def test_handlers_of_signals_are_restored_after_an_error():
 
 
 def test_a_cpu_without_bfloat16_takes_float32_and_warns_of_the_other(monkeypatch, capsys):
-    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(device_file, "cpu_has_bfloat16", lambda: False)
     assert pick_device("cpu") == (torch.device("cpu"), torch.float32) and not capsys.readouterr().err
     assert pick_device("cpu", "bfloat16")[1] == torch.bfloat16
     assert "leave --dtype out" in capsys.readouterr().err
@@ -332,7 +335,7 @@ def test_a_share_of_a_peak_is_only_given_for_the_card_it_belongs_to(monkeypatch)
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", None),
                        ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert common.peak_flops(device, torch.bfloat16) == peak and common.peak_flops(device, torch.float32) is None
+        assert device_file.peak_flops(device, torch.bfloat16) == peak and device_file.peak_flops(device, torch.float32) is None
 
 
 def test_bad_checkpoints_end_in_one_line(tmp_path, workplace):

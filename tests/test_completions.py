@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import eval
+from common.results import read_results
+from common.dataset import load_meta, load_tokens
+from common.tokenizer import load_tokenizer
 from conftest import Parrot, make_stories, stand_in, write_jsonl
 from lab import completions
-from prepare import load_meta, load_tokenizer, load_tokens
 from prepare import main as prepare
 from sample import write_stories
 
@@ -84,7 +86,7 @@ def test_instructions_followed(workplace, monkeypatch):
 def test_completions_are_added_to_the_results(run, in_prepared, capsys):
     (in_prepared / "prompts.json").write_text('["Once upon a time", "One day"]')
     completions.main([run, "--prompts=prompts.json", "--each=2", "--max_tokens=10", "--device=cpu"])
-    results = eval.read_results(load(run))
+    results = read_results(load(run))
     out = capsys.readouterr().out
     assert "--each=2" in results["completions"]["measured with"] and "length in words" in out
     assert out.startswith(f"{run}: completions (--each=2")  # says which run, even if it was the newest

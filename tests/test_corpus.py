@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 
+from common.dataset import load_meta, load_tokens
 from conftest import Parrot, make_stories, stand_in, write_jsonl
 from lab import corpus
-from prepare import load_meta, load_tokens
 
 
 def test_stories_are_described_side_by_side(workplace, capsys):

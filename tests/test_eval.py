@@ -19,12 +19,13 @@ import eval
 import sample
 import test_probes
 import train
-from common import load_checkpoint, save_checkpoint
+from common import results as results_file
+from common.dataset import load_meta, load_tokens
+from common.runs import load_checkpoint, load_run, save_checkpoint
+from common.tokenizer import load_tokenizer
 from conftest import error_of, make_stories, stand_in, write_jsonl
 from lab import judge, world
-from prepare import load_meta, load_tokenizer, load_tokens
 from prepare import main as prepare
-from sample import load_run
 from test_model import make_model
 
 ROOT = Path(__file__).parent.parent
@@ -277,7 +278,7 @@ def test_runs_that_differ_in_what_they_learn_are_told_apart(run, in_prepared):
     checkpoint = load_checkpoint(run)
 
     def experiment(context=0, step=60, **changes):
-        return eval.experiment_of({"args": {**checkpoint["args"], **changes}, "step": step}, context)
+        return results_file.experiment_of({"args": {**checkpoint["args"], **changes}, "step": step}, context)
     assert experiment() == experiment(seed=7, evals=3, log_interval=1, device="cuda", out_dir="out/x")
     assert experiment(init_from="out/warm-1") == experiment(init_from="out/warm-2", seed=2)
     assert len({experiment(), experiment(step=59), experiment(lr=1), experiment(context=8)}) == 4
@@ -290,7 +291,7 @@ def test_results_of_another_checkpoint_are_dropped(run, in_prepared, capsys):
     copy = shutil.copytree(run, "out/copied")
     os.utime(f"{copy}/eval.json", (1, 1))
     subject = eval.load_subject(copy, CPU)
-    assert eval.read_results(subject) == read_results(run) and "loss on tiny" in read_results(copy)
+    assert results_file.read_results(subject) == read_results(run) and "loss on tiny" in read_results(copy)
     eval.add_section(subject, "judge", {"grammar": [7, 6, 8]})
     assert list(read_results(copy)) == ["model", "loss on tiny", "judge"]
     checkpoint = load_checkpoint(copy)
@@ -415,8 +416,8 @@ def test_shapes_on_a_gpu_are_few():
 
 def test_stories_that_were_prepared_anew_are_not_graded_as_the_runs_own(run, in_prepared, monkeypatch):
     """Somebody who has prepared other stories under the same name would get figures that mean nothing."""
-    real = eval.load_meta
-    monkeypatch.setattr(eval, "load_meta", lambda name: {**real(name), "tokenizer": {"sha256": "another"}})
+    real = results_file.load_meta
+    monkeypatch.setattr(results_file, "load_meta", lambda name: {**real(name), "tokenizer": {"sha256": "another"}})
     with pytest.raises(SystemExit, match="data/tiny is not what .* was trained on"):
         eval.main([run, "--device=cpu", "--only=loss"])
 
@@ -425,7 +426,7 @@ def test_what_cannot_be_written_or_read_is_found_before_grading(run, in_prepared
     def refuse(folder):
         raise SystemExit(f"cannot write to {folder}")
     with monkeypatch.context() as patch:
-        patch.setattr(eval, "check_writable", refuse)
+        patch.setattr(results_file, "check_writable", refuse)
         with pytest.raises(SystemExit, match=f"cannot write to {run}"):
             eval.load_subject(run, CPU)
     whole = Path("data/tiny/val.bin").read_bytes()

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_of
-from test_model import make_model
 
 import model as model_file
-import sample
-from common import file_hash
+from common import runs
+from common.files import file_hash
+from common.tokenizer import load_tokenizer
+from conftest import error_of
 from lab.export import forward, main, round_rows
-from prepare import load_tokenizer
 from sample import generate
+from test_model import make_model
 
 NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -153,7 +153,7 @@ def test_an_option_that_the_page_does_not_know_is_named(in_prepared, tmp_path, m
         self.proj = torch.nn.Linear(4 * config.n_embd, config.n_embd)
     plain = model_file.MLP.__init__
     monkeypatch.setattr(model_file.MLP, "__init__", changed_init)
-    monkeypatch.setattr(sample, "GPTConfig", Config)
+    monkeypatch.setattr(runs, "GPTConfig", Config)
     make_run(tmp_path)
     assert "--bias" in error_of(main, [str(tmp_path)], capsys)
 

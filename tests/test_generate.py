@@ -18,9 +18,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import ask
-import common
 import generate
+from common import ask, files
 
 SCRIPT = pathlib.Path(generate.__file__)
 KEY = "sk-a-key-that-must-not-be-seen"
@@ -809,11 +808,11 @@ def test_reading_changes_no_file_and_opening_to_append_repairs_it():
     path = pathlib.Path("lines.jsonl")
     for text, n_lines in (b'{"a": 1}\n{"a"', 1), (b'{"a": 1}\n{"a": 2}', 2), (b"", 0):
         path.write_bytes(text)
-        assert list(common.read_lines("lines.jsonl")) == [{"a": 1}, {"a": 2}][:n_lines]
+        assert list(files.read_lines("lines.jsonl")) == [{"a": 1}, {"a": 2}][:n_lines]
         assert path.read_bytes() == text
-        ask.open_to_append("lines.jsonl").close()
+        files.open_to_append("lines.jsonl").close()
         assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'[:9 * n_lines]
-    assert list(common.read_lines("none.jsonl")) == [] and not os.path.exists("none.jsonl")
+    assert list(files.read_lines("none.jsonl")) == [] and not os.path.exists("none.jsonl")
 
 
 def test_a_setting_that_brought_nothing_yet_may_be_mended():
@@ -826,7 +825,7 @@ def test_a_setting_that_brought_nothing_yet_may_be_mended():
 def test_two_runs_on_one_corpus_are_refused():
     with Server() as server:
         run(server, "--n=2")
-        script = ("import common\nfile = common.lock('data/tales/generate.lock')\nprint('locked', flush=True)\n"
+        script = ("from common.files import lock\nfile = lock('data/tales/generate.lock')\nprint('locked', flush=True)\n"
                   "input()")
         other = subprocess.Popen([sys.executable, "-c", script], text=True, stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import eval
+from common.dataset import load_tokens
+from common.tokenizer import load_tokenizer
 from lab.completions import complete
 from lab.huggingface import load
 from model import Cache
-from prepare import load_tokenizer, load_tokens
 from sample import generate
 
 CPU = torch.device("cpu")

@@ -10,16 +10,15 @@ import torch
 
 import model as architecture
 import train
+from common.runs import load_run
+from common.tokenizer import load_tokenizer
 from conftest import make_stories, write_jsonl
 from eval import evaluate
 from lab import interpret
 from lab.interpret import CAPITAL, FIRST, KINDS, LATER, NOUN, Story
 from model import alibi_slopes
-from prepare import load_tokenizer
 from prepare import main as prepare
-from sample import load_run
-from test_model import POSITIONS, tokens
-from test_model import make_model as make_any_model
+from test_model import POSITIONS, make_model as make_any_model, tokens
 
 # planted weights assume the plain scale of attention, and values that are only what was planted
 make_model = functools.partial(make_any_model, qk_gain=0.0, value_embeds=False)

@@ -12,12 +12,13 @@ from collections import Counter
 import pytest
 import torch
 
-from common import CommandLine, load_checkpoint
+from common import CommandLine
+from common.ask import parse_server_args
+from common.dataset import load_meta, load_tokens, split_stories
+from common.runs import load_checkpoint
+from common.tokenizer import load_tokenizer
 from conftest import error_of
-from eval import split_stories
-from ask import parse_server_args
 from lab import judge
-from prepare import load_meta, load_tokenizer, load_tokens
 from test_generate import Server, answer
 
 PROMPTS = ["Once upon a time Tim went to the", "One day Lily saw a red ball and"]

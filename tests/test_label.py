@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
+from common.dataset import load_meta
 from conftest import write_jsonl
 from generate import load_words, missing_words
 from lab import completions, label
-from prepare import load_meta
 from prepare import main as prepare
 
 STORIES = {

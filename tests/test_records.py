@@ -1,4 +1,4 @@
-"""records.py: whatever format stories come in, prepare.py reads the same stories."""
+"""common/records.py: whatever format stories come in, prepare.py reads the same stories."""
 import csv
 import gzip
 import io
@@ -11,7 +11,8 @@ import threading
 import pytest
 
 import prepare
-import records
+from common import records
+from common.dataset import load_meta, load_tokens
 from conftest import error_of, make_stories, write_jsonl
 
 RECORDS = [{"story": r["story"] + " “Ça va, 小狗?”", "words": ", ".join(r["words"])} for r in make_stories(30)]
@@ -125,7 +126,7 @@ def test_an_archive_of_ones_own_keeps_its_splits(workplace):
     (workplace / "s.tgz").write_bytes(gzip.compress((workplace / "s.tar").read_bytes()))
     for name in ("s.tar", "s.tgz"):
         prepare.main(["--dataset=x", f"--input={name}"])
-        meta = prepare.load_meta("x")
+        meta = load_meta("x")
         assert (meta["train"]["stories"], meta["val"]["stories"]) == (10, 10)
 
 
@@ -166,7 +167,7 @@ def test_a_folder_of_stories_and_others_for_validation(workplace):
     write_jsonl(workplace / "own/stories.jsonl", make_stories(30))
     write_jsonl(workplace / "own/val.jsonl", make_stories(20, seed=9))
     prepare.main(["--dataset=x", "--input=own", "--val_fraction=0"])
-    assert [prepare.load_meta("x")[split]["stories"] for split in ("train", "val")] == [30, 20]
+    assert [load_meta("x")[split]["stories"] for split in ("train", "val")] == [30, 20]
 
 
 def test_a_file_for_validation_alone_is_no_corpus(workplace, capsys):
@@ -178,6 +179,6 @@ def test_own_field_names_and_spans_reach_the_labels(workplace):
     named = [{"text": r["story"], "spans": r["spans"], "bits": r["bits"]} for r in make_stories(40)]
     (workplace / "s.json").write_text(json.dumps(named))
     prepare.main(["--dataset=x", "--input=s.json", "--field=text", "--val_fraction=0.3"])
-    meta = prepare.load_meta("x")
-    assert set(prepare.load_tokens("x", "val.skills")) == {0, 4} and meta["val"]["bits_per_byte"] > 0
+    meta = load_meta("x")
+    assert set(load_tokens("x", "val.skills")) == {0, 4} and meta["val"]["bits_per_byte"] > 0
     assert len(list(records.read_records("s.json", meta["field"]))) == 40  # as eval.py reads spans

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 import sample
 import train
+from common.records import read_records
 from conftest import error_of, make_stories, write_jsonl
 from lab.label import share_followed
 from model import Cache
 from prepare import main as prepare
-from records import read_records
 from test_model import POSITIONS, make_model
 
 EOT = 96

@@ -11,8 +11,9 @@ import time
 import pytest
 
 import sample
+from common.runs import load_run
 from lab import serve
-from sample import load_run, write_stories
+from sample import write_stories
 
 PROMPT = "Once upon a time Lily"
 SETTINGS = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 20, "seed": 1}

@@ -17,16 +17,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import common
 import model as model_file
 import train
-from common import load_checkpoint
+from common import device as device_file, fit, runs
+from common.dataset import load_meta, parse_mix, read_rows, row_places
+from common.runs import load_checkpoint, load_run
 from conftest import error_of, make_stories, write_jsonl
 from lab import world
 from model import GPT, GPTConfig
-from prepare import load_meta
 from prepare import main as prepare
-from sample import load_run
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset=tiny", "--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_tokens=256",
@@ -82,28 +81,28 @@ def test_rows_begin_with_the_story_at_their_place_in_the_first_epoch(n_tokens):
     tokens, length, n_rows = np.arange(n_tokens, dtype=np.uint16), 30, n_tokens // 30 - 1
     stories = np.array([0, 5, 20, 120, 130, 140, 180])  # the third is longer than three rows
     stories = stories[stories < n_tokens]
-    rows = train.read_rows(tokens, stories, length, 0, 400 * n_rows, seed=1)
+    rows = read_rows(tokens, stories, length, 0, 400 * n_rows, seed=1)
     assert all((row == np.arange(row[0], row[0] + 31)).all() for row in rows)
     assert set(rows.flat) == set(range(n_tokens))  # nothing is left out for good
     starts = rows[:, 0].reshape(400, n_rows)
-    places = np.stack([train.row_places(n_tokens, length, 1, epoch) for epoch in range(400)])
+    places = np.stack([row_places(n_tokens, length, 1, epoch) for epoch in range(400)])
     assert all((np.diff(sorted(epoch)) == length).all() for epoch in places)
     assert len(set(places.min(1) % length)) > 15  # other places in each epoch
     for start, place in zip(starts[0], places[0]):
         story = max(story for story in stories if story <= place)
         assert start == (story if place - story < length else place)
     assert (starts[1:] == places[1:]).all()
-    again = [train.read_rows(tokens, stories, length, i, 1, seed=1)[0] for i in range(400 * n_rows)]
+    again = [read_rows(tokens, stories, length, i, 1, seed=1)[0] for i in range(400 * n_rows)]
     assert (np.stack(again) == rows).all()  # however the walk is cut into steps
-    other = train.read_rows(tokens, stories, length, 0, 400 * n_rows, seed=2)
+    other = read_rows(tokens, stories, length, 0, 400 * n_rows, seed=2)
     assert other[:, 0].tolist() != rows[:, 0].tolist()
 
 
 def test_mix_weights_sum_to_one():
-    assert train.parse_mix("a:1,b:3") == {"a": 0.25, "b": 0.75} and train.parse_mix("a") == {"a": 1.0}
+    assert parse_mix("a:1,b:3") == {"a": 0.25, "b": 0.75} and parse_mix("a") == {"a": 1.0}
     for mix in ("a:x", "a:1,a:2"):
         with pytest.raises(SystemExit, match="name:weight"):
-            train.parse_mix(mix)
+            parse_mix(mix)
 
 
 # --- optimizer and schedule ---------------------------------------------------------------------------------------
@@ -265,10 +264,10 @@ def test_a_signal_saves_and_a_shell_loop_ends_with_ctrl_c(in_prepared, number):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
-    common.save_checkpoint({"step": 1, "model_config": {}}, str(tmp_path / "ckpt.pt"))
+    runs.save_checkpoint({"step": 1, "model_config": {}}, str(tmp_path / "ckpt.pt"))
     os.symlink("/dev/full", tmp_path / "ckpt.pt.tmp")
     with pytest.raises(SystemExit, match="cannot write .*the last checkpoint stays: make room"):
-        common.save_checkpoint({"step": 2, "weights": torch.zeros(10**6)}, str(tmp_path / "ckpt.pt"))
+        runs.save_checkpoint({"step": 2, "weights": torch.zeros(10**6)}, str(tmp_path / "ckpt.pt"))
     assert load_checkpoint(str(tmp_path))["step"] == 1 and not os.path.lexists(tmp_path / "ckpt.pt.tmp")
 
 
@@ -331,7 +330,7 @@ def test_an_option_added_since_does_not_hinder_resuming(in_prepared):
     run("older", "--max_steps=2")
     checkpoint = load_checkpoint("out/older")
     del checkpoint["args"]["cooldown"]
-    common.save_checkpoint(checkpoint, "out/older/ckpt.pt")
+    runs.save_checkpoint(checkpoint, "out/older/ckpt.pt")
     with pytest.raises(SystemExit, match="--cooldown=0.6, not 0.3"):  # it was trained as the default says
         run("older", "--max_steps=4", "--resume", "--cooldown=0.3")
     run("older", "--max_steps=4", "--resume")
@@ -592,7 +591,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_learns_the_same(in_prep
         if run.micro_batch > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory")
     tried, fitting = [], 2
-    monkeypatch.setattr(train, "try_batch", try_batch)
+    monkeypatch.setattr(fit, "try_batch", try_batch)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     run("fits", "--max_steps=3", "--compile=True")
     assert tried == [8, 4, 2] and "micro batches of 2 rows" in capsys.readouterr().out
@@ -607,7 +606,7 @@ def test_a_computer_with_little_memory_takes_small_micro_batches(monkeypatch):
     """Where memory runs out, Linux kills a process without a word."""
     run = SimpleNamespace(device=torch.device("cpu"), config=GPTConfig(4096, 256, 8, 8, 512))
     for gigabytes, rows in ((64, 32), (4, 16), (0.1, 1), (math.inf, 32)):
-        monkeypatch.setattr(train, "usable_memory", lambda: gigabytes * 2**30)
+        monkeypatch.setattr(fit, "usable_memory", lambda: gigabytes * 2**30)
         assert train.max_micro_batch(run) == rows
 
 
@@ -657,14 +656,14 @@ def test_a_disk_without_room_for_two_checkpoints_is_found_before_the_first_step(
         raise SystemExit("no room")
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "check_writable", check_writable)
+        patch.setattr(runs, "check_writable", check_writable)
         with pytest.raises(SystemExit, match="no room"):
             run("roomy", "--max_steps=3")
         assert not os.path.exists("out/roomy")
     run("roomy", "--max_steps=3")
     size = os.path.getsize("out/roomy/ckpt.pt")
     assert 0.9 < asked[0] / (2 * size) < 1.3  # Muon keeps one average
-    monkeypatch.setattr(train, "check_writable", check_writable)
+    monkeypatch.setattr(runs, "check_writable", check_writable)
     with pytest.raises(SystemExit, match="no room"):
         run("roomy", "--max_steps=6", "--resume")
     assert asked[1] == asked[0] / 2
@@ -691,7 +690,7 @@ def test_processes_wait_for_the_first_as_long_as_it_validates(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: asked.update(options))
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
-    common.start_processes("cpu", "float32")
+    device_file.start_processes("cpu", "float32")
     assert asked["timeout"].total_seconds() >= 6 * 3600
 
 
@@ -730,7 +729,7 @@ def test_saving_is_left_out_of_the_speed(in_prepared, monkeypatch):
     """A slow disk says nothing about the speed of training. Evaluations come after 2, 4 and 6 steps, and weights are
     kept after 1, 2, 4 and 8."""
     finished = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda checkpoint, path: time.sleep(0.05))
+    monkeypatch.setattr(runs, "save_checkpoint", lambda checkpoint, path: time.sleep(0.05))
     monkeypatch.setattr(train, "finish", finished.append)
     run("saved", "--max_steps=8", "--evals=4", "--keep=log")
     assert finished[0].clock.paused_seconds >= 7 * 0.05

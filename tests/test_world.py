@@ -8,10 +8,10 @@ import re
 
 import pytest
 
+from common.records import fingerprint
 from conftest import error_of
 from generate import FEATURES
 from lab import world
-from records import fingerprint
 
 NUMBERS = {word: n for n, word in enumerate("none one two three four five six seven eight nine ten".split())}
 CONTEXT = ["who", "what", "where"]

@@ -28,7 +28,7 @@ from itertools import chain, islice
 import regex
 from tqdm import tqdm
 
-from common import rename
+from common.files import rename
 
 EOT = "<|endoftext|>"
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
@@ -495,29 +495,14 @@ def clean_text(text):
 CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100))
 TO_LATIN1 = str.maketrans(CP1252, "".join(map(chr, range(0x80, 0x100))))
 TAIL = f"[{CP1252[:64]}\x80-\x9f]"  # any byte of a character but its first, which tells how many there are
-MOJIBAKE = re.compile(f"[Â-ß]{TAIL}|[à-ï]{TAIL}{TAIL}|ð[Ÿ\x9f]{TAIL}{TAIL}|â€(?!{TAIL}|Â)\ufffd?")
-# â€™ is always an error, but ÃŸ“ could be right, as ß“ is in „So ein Spaß“. So what is surely wrong in its context is
-# undone, and if all of a line, or of a story, consists of such sequences, the others in it are undone too.
-AFTER = "\xa0«»“”„‘’‚‹›…–—•™®¹²³°ºªŠšŒœŽž"  # what often follows a letter
-CAPITALS = "[A-ZÀ-ÖØ-Þ][A-ZÀ-ÖØ-Þ]"
-OTHER = "È[˜™š›\x98-\x9b]|É[™\x99]"  # ș, ț and ə
-ANY, ODD = f"[Æ-ß]{TAIL}", f"[Æ-ß](?![{AFTER}]){TAIL}"
-CERTAIN = re.compile("|".join((
-    f"(?<=[a-zß-öø-ÿ])(?:[ÂÃÄÅ]{TAIL}|{OTHER})",  # after a small letter: cafÃ©
-    f"[ÂÃ](?![{AFTER}]){TAIL}",  # a sign that does not follow letters: Ã©tÃ©, Â¿
-    f"(?<!{CAPITALS})[ÂÃ][¹²³°ºªŠšŒœŽž]",  # a footnote can follow a word in capitals, but not here: Ãœber
-    "[ÂÃÄÅ][«»“”„‘‚‹›•™®ŠšŒœŽž](?=[^\\W\\d_])",  # a quote inside a word: CÃ”TE, Å“uf
-    f"(?<!{CAPITALS})(?:[ÄÅ](?![{AFTER}]){TAIL}|Ã–|{OTHER})(?=[a-z])",  # a small letter follows: Ã–l
-    f"(?<!{CAPITALS})Ã\xa0(?=[ ,.]|-[a-z])",  # a no-break space and a space: il va Ã  Paris
-    "(?<=[^A-ZÀ-ÖØ-Þ\\s«»‹›“”„‘’\"'(])Â[\xa0«»]|(?<!\\S)Â«",  # a lone Â is hardly a word: 10Â km
-    f"{ODD}(?={ANY})|{ANY}(?={ODD})|(?<={ANY}){ODD}|(?<={ODD}){ANY}",  # two of other scripts: Ð´Ð°
-    f"[à-ï](?![\xa0\xad]|[{AFTER}¡¿]{{2}}){TAIL}{TAIL}|ð|â€(?!{TAIL})")))  # æ—¥, â€™, an emoji; but à € is right
+# Latin letters, punctuation, emojis. Misread letters of other scripts can look like right text, so they stay.
+MOJIBAKE = re.compile(f"[Â-Å]{TAIL}|â{TAIL}{TAIL}|ï»¿|ð[Ÿ\x9f]{TAIL}{TAIL}")
 QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
 
 
 def clean_story(record):
-    """The story of a record without white space around it, and with mojibake undone where that is beyond doubt, also if
-    it happened twice. If spans point into the story, it stays as it is."""
+    """The story of a record without white space around it, and with mojibake undone, also if it happened twice. If
+    spans point into the story, it stays as it is."""
     story, before = record["story"], None
     if record.get("spans"):
         return story
@@ -527,33 +512,11 @@ def clean_story(record):
 
 
 def fix_mojibake(story):
-    """A story with each misread sequence undone that cannot be right text.
-
-    If the story, or a line of it, has such sequences, and no character beyond ASCII outside sequences, it was misread
-    as a whole. Then those that could be right text are undone too."""
-    sequences = [match for match in MOJIBAKE.finditer(story) if decode_misread(match[0])]
-    certain = {match.start() for match in sequences if CERTAIN.match(story, match.start())
-               and not "\x80" <= decode_misread(match[0]) < "\xa0"}  # control characters are no improvement
-    if not certain:
-        return story
-    for part in (*re.finditer("(?s).+", story), *re.finditer(".+", story)):
-        inside = [match for match in sequences if part.start() <= match.start() < part.end()]
-        share = sum(match.start() in certain for match in inside) / max(1, len(inside))
-        if share and sum(len(match[0]) for match in inside) == len(re.findall(r"[^\x00-\x7f]", part[0])):
-            # Ç to Ë would become letters that no stories have; and without a majority, only Latin letters are certain
-            leads = "[^Ç-Ë]" if share > 0.5 else "[Â-Æ]"
-            certain.update(match.start() for match in inside if re.match(leads, match[0]))
-    return MOJIBAKE.sub(lambda match: decode_misread(match[0]) if match.start() in certain else match[0], story)
-
-
-def decode_misread(sequence):
-    """The character that a sequence was misread from, or "" if there is none."""
-    if sequence.rstrip("\ufffd") == "â€":  # the third byte is lost; of those that cp1252 lacks, only ” is common
-        return "”"
-    try:
-        return sequence.translate(TO_LATIN1).encode("latin-1").decode()
-    except UnicodeDecodeError:
-        return ""
+    """A story with mojibake undone: everywhere, if no other character is beyond ASCII, for then the story was misread as
+    a whole; else only what begins with â€, which right text never has: quotation marks, dashes, dots."""
+    story = re.sub(f"â€(?!{TAIL})\ufffd?", "â€\x9d", story)  # the third byte is lost: of those that cp1252 lacks, ” is it
+    misread = MOJIBAKE if MOJIBAKE.sub("", story).isascii() else re.compile(f"â€{TAIL}")
+    return misread.sub(lambda match: match[0].translate(TO_LATIN1).encode("latin-1").decode(), story)
 
 
 # What a finished story ends in, perhaps in bold type: punctuation of any script, a closing quote or bracket, an emoji,

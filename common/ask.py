@@ -445,26 +445,3 @@ def ask_all(client, request, tasks, store, bar, args, tokens):
 def drop_answers(number, frame):
     """What a second Ctrl-C does."""
     raise KeyboardInterrupt("stopped, without the answers under way")
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# files of one JSON object per line. They are only appended to, so a process that is killed damages at most the last
-# line
-
-
-def open_to_append(path):
-    """Open a file to append lines to. A last line that is only half written is cut off first."""
-    last = b"\n"  # for an empty file
-    with open(path, "a+b") as file:
-        file.seek(0)
-        for last in file:
-            pass
-        if not last.endswith(b"\n"):
-            try:
-                json.loads(last)
-                file.write(b"\n")  # only the newline was missing
-            except ValueError:
-                file.truncate(file.tell() - len(last))
-    return open(path, "a", encoding="utf-8")
-
-
