@@ -339,7 +339,7 @@ def grade_probes(subject, probes, measured):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# the command line
+# the sections, and the command line
 
 
 def grade_steps(subject, probes):

@@ -140,17 +140,14 @@ def prompt_for(level, words, features):
 # readers too, so that a phrase needs a word about the asking.
 YES = r"(?:okay|ok|sure(?: thing)?|certainly|of course|absolutely|got it|understood|no problem|gladly)"
 GREETING = rf"(?:(?:{YES}|yes|great|hello|hi|alright|all right|as requested)\b\W*)*"
-FOR_YOU = r"(?:for you|your|you (?:asked|gave|wanted|requested)|requested|year-old|simple words)"
+FOR_YOU = r"(?:for you|you (?:asked|gave|wanted|requested)|requested|year-old (?:can|will|would)|simple words)"
 BEFORE_STORY = [
     r"(?:#.*|```\w*|\*\*[^*\n]*\*\*:?|title:.*)[ \t]*(?:\n|\Z)",
     rf"{YES}[.!]+\s+(?!(?:said|asked|cried)\b)",
     r"(?:final answer|assistant|answer):\s*",
     rf"{GREETING}(?:here (?:we go|it is|you go)|here(?: is|'s) (?:the|your|my) (?:story|tale)|let's begin"
     r"|below you(?:'ll| will) find [^.!?\n]*)[.!:]+[^\w\"“‘\n]*\s",
-    r"[^\n]{0,80}\b(?:histoire|conte|cuento|historia|história|geschichte|storia)\b[^\n]{0,40}:\s*\n",
-    r"[^\n]{0,40}故事[^\n]{0,40}[:：]\s*\n",
     rf"{GREETING}i(?:'d| would) (?:love|be happy|be glad) to\b[^.!?\n]*[.!]\s+",
-    r"what a (?:fun|nice|lovely|great) set of words\b[^.!?\n]*[.!:]\s+",
     r"\*[^*\n.!?]*\*[ \t]*\n\s*\n",
     rf"{GREETING}(?:here|below|the following)\b.*\b(?:story|tale|you (?:go|are)|it is|attempt)\b.*:[*_ \t]*(?:\n|\Z)",
     rf"{GREETING}here(?: is|'s) (?:a|the|your)\b[\w, -]*\b(?:story|tale)(?: (?:for|using|with|you)\b[^.:!?\n]*)?:\s+",
@@ -167,9 +164,7 @@ AFTER_STORY = [
     r"(?:i )?hope (?:you|this|that|it|the)\b[^.!?\n]*\b(?:story|tale|enjoyed (?:it|this|reading)|request)\b"
     r"(?![^\n]*\b(?:said|asked|cried|told)\b)",
     r"(?:i )?hope (?:this helps|you (?:like|enjoy) (?:it|this)(?=\W*\Z))|happy reading\b|want another\b",
-    r"does this work\b|tl;dr\b",
-    r"i kept the (?:words|sentences|language|story)\b",
-    r"if you\b[^.!?\n]*\b(?:let me know|i can|i'll|feel free|another story|me to)\b(?![^\n]*\b(?:said|asked|told)\b)",
+    r"if you\b[^.!?\n]*\b(?:let me know|feel free|another story)\b(?![^\n]*\b(?:said|asked|told)\b)",
     r"i(?:'d| would| can|'m| am)\b[^.!?\n]*\b(?:happy to (?:write|change)|another story|if you(?:'d)? (?:like|want))\b",
     r"(?:(?:this|the) story|i(?:'ve| have)?) (?:uses|used|includes|included|contains|incorporated|has)\b[^.!?\n]*"
     r"\b(?:the words?|requested|required|\d+ words)\b",
@@ -180,6 +175,7 @@ AFTER_STORY = [
 NO_STORY = "|".join([
     r"(?i)</?\|?[a-z][^<>\n]*>|\|>|```|\A[{\[<]",
     r"\bthe user\b|\bthe (?:verb|noun|adjective)\b (?!was\b)|\bthought process\b|[\ufffd\x00]",
+    r"\bset of words\b|\btl;dr\b|\bi kept the (?:words|sentences|language)\b",
     r"\A\W*(?:thoughts?|reasoning|thinking(?: process)?|draft(?: \d+)?|plan)\b\W*(?::|\n|\.\.\.)",
     r"\A\W*(?:let me think|first, i|hmm|okay, the)\b",
     r"\A[^\n]*\bi (?:need|should|have|must)(?: to)? (?:use|write|include)\b",
@@ -253,7 +249,6 @@ class Corpus:
         """Read the files. Exits if stories were written with other settings, which are kept in generate.json.
 
         --max_tokens may change. Stories that were rejected with other settings are asked for again."""
-        self.folder = folder
         self.settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         self.stories = os.path.join(folder, "stories.jsonl")
         self.rejected = os.path.join(folder, "rejected.jsonl")
@@ -263,13 +258,12 @@ class Corpus:
         settings_path = os.path.join(folder, "generate.json")
         before = next(read_lines(settings_path), {})
         for record in chain(read_lines(self.stories), read_lines(self.rejected)):
-            if not before:
+            if not before or "index" not in record:
                 sys.exit(f"{self.stories} was not written by generate.py: choose another --name")
             self.add(record)
             self.tokens.update(tokens_in=record["tokens_in"], tokens_out=record["tokens_out"])
-        # an older corpus has no "extra"
         changed = [f"--{name}={before.get(name)}, not {value}" for name, value in settings.items()
-                   if before.get(name, {}) != value and name != "max_tokens"]
+                   if before.get(name) != value and name != "max_tokens"]
         if changed and self.done:
             sys.exit(f"{folder} was begun with {'; '.join(changed)}: continue with that, or choose another --name")
         with atomic_write(settings_path) as file:
@@ -278,9 +272,7 @@ class Corpus:
     def add(self, record):
         """Count a line of one of the two files."""
         if "reason" in record:
-            # an older corpus has no "settings"
-            same = record.get("settings", self.settings_hash) == self.settings_hash
-            if same and record["reason"] not in NO_ANSWER:
+            if record["reason"] not in NO_ANSWER and record["settings"] == self.settings_hash:
                 self.rejections[record["index"]] += 1
             self.reasons[record["reason"]] += 1
         else:
@@ -350,8 +342,6 @@ def parse_args(argv):
     triples = math.prod(map(len, word_lists))
     if word_lists and args.n > triples:
         parser.error(f"{args.words} makes only {triples:,} triples of words: lower --n, or give it more words")
-    if not args.model and not args.dry_run:
-        parser.error("which model? --model=gpt-4o-mini for one")
     return args, word_lists
 
 

@@ -150,7 +150,7 @@ def plan_dataset(files, args):
             break  # only train files are left
     names = {plain: path for plain, _, path in files}
     examples = [describe_broken(names[chunk[0]], chunk, record) for chunk, record in broken]
-    refuse_empty_split(stories, files, cleaning, examples)
+    refuse_empty_split(stories, files, cleaning, examples, sum(len(decisions) for _, decisions in plan))
     for example in examples:
         print(f"left out: {example}", file=sys.stderr)
     missing = [name for name in ("features", "words", "summary") if args.instruct and not fields[name]]
@@ -187,14 +187,14 @@ def describe_broken(name, chunk, record):
     return f"{name} {'line' if name == path else 'story'} {line} {record['why']}: {text}"
 
 
-def refuse_empty_split(stories, files, cleaning, examples):
-    """End the program if there is no story for train or for val, or if most are broken, and say what would help."""
+def refuse_empty_split(stories, files, cleaning, examples, n_read):
+    """End the program if there is no story for train or for val, or if most of those read are broken, and say what
+    would help."""
     total, paths = sum(stories.values()), ", ".join(path for _, _, path in files)
     removed = "".join(f"; {count:,} {what}" for what, count in cleaning.items())
     broken = cleaning["broken: removed"]
-    others = total + sum(count for what, count in cleaning.items() if what.endswith("removed")) - broken
-    if broken > others or broken and not total:
-        sys.exit(f"{broken:,} of {broken + others:,} stories are broken; {examples[0]}")
+    if broken > n_read / 2 or (broken and not total):
+        sys.exit(f"{broken:,} of {n_read:,} stories are broken; {examples[0]}")
     if not total:
         sys.exit(f"no story in {paths}{removed}: add stories, or try --clean=False")
     if total == 1 or stories == {"train": 1, "val": 1}:
@@ -235,10 +235,8 @@ def instruct(record, split, hold_out, seed):
     if hold_out and split == "train" and set(hold_out) <= set(fields):
         fields.remove(rng.choice(hold_out))
     text = instruction({name: known[name] for name in fields})
-    spans = []
-    for span in record.get("spans") or ():
-        check_span(span)
-        spans.append({**span, "start": span["start"] + len(text), "end": span["end"] + len(text)})
+    spans = [{**span, "start": span["start"] + len(text), "end": span["end"] + len(text)}
+             for span in record.get("spans") or ()]
     return {**record, "story": text + record["story"], "spans": spans}
 
 
@@ -305,11 +303,6 @@ def encode(chunk, decisions, args, tokenizer):
     return bins, totals
 
 
-def check_span(span):
-    if not isinstance(span, dict) or not {"start", "end", "skill", "wrong"} <= set(span):
-        sys.exit(f"a span has start, end, skill and wrong, unlike {span!r}: correct or delete it")
-
-
 def label_tokens(story, ids, spans, encoding):
     """The skill (index into SKILLS) of each of `ids`, <|endoftext|> and the tokens of a story: that of the span that a
     token overlaps, else 0."""
@@ -318,7 +311,6 @@ def label_tokens(story, ids, spans, encoding):
     ends = np.cumsum([0] + [len(encoding.decode_single_token_bytes(token)) for token in ids[1:]])  # in bytes
     starts = np.append(0, ends[:-1])
     for span in spans:
-        check_span(span)
         if span["skill"] not in SKILLS[1:]:
             sys.exit(f"a span has the skill {span['skill']!r}: known are {', '.join(SKILLS[1:])}")
         start, end = (len(story[:span[side]].encode()) for side in ("start", "end"))

@@ -9,34 +9,32 @@
 
 Writes out/<run>/ckpt.pt and log.jsonl, and ends with a summary of `name: value` lines.
 
-Read this file from top to bottom: the options, the run, the loop (`train`) with its parts, and what happens after the
-last step. `main`, at the end, calls them in this order. How rows are cut from the token bins stands in
-common/dataset.py, how a run is fitted to a GPU's memory in common/fit.py, and how it is saved and continued in
-common/runs.py.
+Read this file from top to bottom: the options, the run, the loop (`train`) with its parts, what happens after the last
+step, and `main`, which calls them in this order. How rows are cut from the token bins stands in common/dataset.py, how
+a run is fitted to a GPU's memory in common/fit.py, and how it is saved and continued in common/runs.py.
 
 A step trains on --batch_tokens tokens. They are rows of --block_size tokens, split into micro batches that fit into
 memory: the gradients of the micro steps add up to those of the whole batch (gradient accumulation).
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
-from common import CommandLine, is_out_of_memory, run_main, stop_signals
+from common import CommandLine, run_main, stop_signals
 
-import contextlib
-import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.dataset import TrainData
+from common.dataset import TrainData, parse_mix
 from common.device import keep_freed_memory, peak_flops, peak_memory, start_processes
 from common.files import read_lines
-from common.fit import (choose_batch_tokens, end_out_of_memory, max_micro_batch, plan_batch, prepare_forward,
+from common.fit import (choose_batch_tokens, end_processes, max_micro_batch, plan_batch, prepare_forward,
                         should_compile)
 from common.runs import (Clock, keep_weights, load_initial_weights, open_run_folder, read_own_checkpoint, restore,
                          save_run, trim_log)
@@ -60,11 +58,9 @@ def command_line():
     parser.option("block_size", 256, "context in tokens", low=2)
     parser.option("pos", "rope", "how positions are encoded", choices=POSITIONS)
     parser.option("smear", True, "add a learned multiple of the previous token's embedding to each token's own")
-    parser.option("qk_gain", 8.0, "largest logit of attention at the start, which each head then learns; 0: the square "
-                  "root of the head size, fixed", low=0)
+    parser.option("qk_gain", 8.0, "largest logit of attention, learned from here on; 0: sqrt(head size), fixed", low=0)
     parser.option("value_embeds", True, "in every second layer, add an embedding of each token to its value")
-    parser.option("embed_std", 0.1, "standard deviation of new embeddings; 1 keeps apart tokens that are used alike, "
-                  "such as + and -", low=0.001)
+    parser.option("embed_std", 0.1, "standard deviation of new embeddings; see GPT in model.py", low=0.001)
     # how it learns
     parser.option("optimizer", "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw for all",
                   choices=("muon", "adamw"))
@@ -107,7 +103,7 @@ def fill_defaults(args):
     for name, default in zip(("n_layer", "n_embd", "n_head"), SIZES.get(args.size, (4, 128, None))):
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if args.n_head is None:  # as many as possible, each with 64 channels or more, and an even number, as rope needs
+    if args.n_head is None:  # as many as possible, of 64 channels or more each, an even number as rope needs
         fitting = [n for n in range(1, args.n_embd // 64 + 1) if args.n_embd % (2 * n) == 0]
         args.n_head = max(fitting, default=1)
     if args.lr is None:
@@ -128,25 +124,27 @@ class Run:
     """Everything that belongs to a training run: data, model, optimizers, and how far it has come."""
 
     def __init__(self, args):
+        if "world" in parse_mix(args.dataset):
+            from lab.world import ensure_prepared  # only here: the stages do without the laboratory
+            ensure_prepared()
         self.args, self.data = args, TrainData(args)
         self.rank, self.processes, self.device, self.dtype = start_processes(args.device, args.dtype)
-        name = f"{'+'.join(self.data.mix)}-{args.n_layer}x{args.n_embd}"
-        self.out_dir = args.out_dir or os.path.join("out", name)
+        self.out_dir = args.out_dir or os.path.join("out", f"{'+'.join(self.data.mix)}-{args.n_layer}x{args.n_embd}")
         self.log_path = os.path.join(self.out_dir, "log.jsonl")
         self.lock = None
         checkpoint = read_own_checkpoint(self, vars(command_line().parse_args([])))  # None if the run is new
 
         # the model, and what it learns with
         torch.manual_seed(args.seed)  # the same initial weights in every process
-        self.config = GPTConfig(self.data.metas[self.data.first]["vocab_size"], args.block_size, args.n_layer,
-                                args.n_head, args.n_embd, args.pos, args.smear, args.qk_gain, args.value_embeds)
+        options = {**vars(args), "vocab_size": self.data.metas[self.data.first]["vocab_size"]}
+        self.config = GPTConfig(**{field.name: options[field.name] for field in fields(GPTConfig)})
         self.model = GPT(self.config, args.embed_std).to(self.device)
         self.flops_per_token = self.model.flops_per_token()
         self.forward = self.model  # prepare_forward() wraps it; the weights are the same
         tokens = args.max_tokens or args.max_flops / self.flops_per_token or 5_000_000  # if no time or steps are given
         args.batch_tokens = args.batch_tokens or choose_batch_tokens(args, tokens, self.device)
-        # the sooner tokens come again, the more their embeddings must decay, lest they learn the text by heart; but
-        # what another run has learned is to be kept
+        # the more often tokens come again, the more their embeddings must decay, lest they learn the text by heart;
+        # inherited weights must not decay
         embed_decay = 0.0 if args.init_from else min(0.1, 20 * args.batch_tokens / self.data.epoch_tokens)
         self.optimizers = make_optimizers(self.model, args, embed_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -162,11 +160,6 @@ class Run:
         self.step_tokens = self.micro_batch * self.micro_steps * self.processes * args.block_size
         self.max_steps = args.max_steps or math.ceil(tokens / self.step_tokens)
         self.compiling = should_compile(self)
-
-    @functools.cached_property
-    def probes(self):
-        """{dataset: marked words of its validation stories} for the evaluations along the way."""
-        return {name: read_spans(name, 50) for name in self.data.mix}
 
     def progress(self):
         """The share of the run that is done, from 0 to 1 or a little above."""
@@ -207,11 +200,9 @@ def describe(run):
     run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
-    n_bytes = 16 * model.num_params()  # as in open_run_folder, and the gradients
     compiled = ", compiled" if run.compiling else ""
     run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embeddings and head; "
-            f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; weights, gradients and optimizer take "
-            f"up to {n_bytes / 2**20:.0f} MB; {run.device}, {str(run.dtype)[6:]}{compiled}")
+            f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; {run.device}, {str(run.dtype)[6:]}{compiled}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -221,6 +212,8 @@ def describe(run):
 def train(run, signals):
     """Train until the run is done or a signal to stop was received, and save it."""
     args = run.args
+    # {dataset: marked words of its validation stories}, for the evaluations along the way
+    probes = {name: read_spans(name, 50) for name in run.data.mix} if args.evals and run.rank == 0 else {}
     bar = progress_bar(run)
     progress, stopping = sync_progress(run, signals)
     while progress < 1 and not stopping:
@@ -230,11 +223,11 @@ def train(run, signals):
         # forward and backward: the gradients of all micro steps add up
         loss = torch.zeros((), device=run.device)
         for rows, is_last in micro_batches(run):
-            # processes exchange gradients once a step, in the backward pass of the last micro step
-            with contextlib.nullcontext() if is_last or run.processes == 1 else run.forward.no_sync():
-                with run.autocast():
-                    micro_loss = run.forward(rows[:, :-1], rows[:, 1:]).mean() / run.micro_steps
-                run.scaler.scale(micro_loss).backward()
+            if run.processes > 1:  # they exchange gradients once a step, in the last backward pass
+                run.forward.require_backward_grad_sync = is_last
+            with run.autocast():
+                micro_loss = run.forward(rows[:, :-1], rows[:, 1:]).mean() / run.micro_steps
+            run.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()  # the mean over the whole step; reading it now would wait for a GPU
 
         # update the weights
@@ -246,17 +239,17 @@ def train(run, signals):
         # log
         progress, stopping = sync_progress(run, signals)
         evaluating = progress < 1 and run.evaluations_due(progress) > evaluations
-        logging = run.step % args.log_interval == 0 or evaluating or progress >= 1
-        if logging or stopping:
-            log_step(run, loss, grad_norm, bar, write=logging)
+        keeping = args.keep == "log" and (run.step & (run.step - 1)) == 0  # a power of two
+        if run.step % args.log_interval == 0 or evaluating or keeping or stopping or progress >= 1:
+            log_step(run, loss, grad_norm, bar)
         bar.update(progress * bar.total - bar.n)
 
-        # evaluate and save, so that at most the steps since the last save can be lost
+        # evaluate and save: whatever happens, what came before is not lost
         paused = time.perf_counter()
-        if args.keep == "log" and run.step & (run.step - 1) == 0:  # a power of two
+        if keeping:
             keep_weights(run)
         if evaluating:
-            evaluate_and_save(run)
+            evaluate_and_save(run, probes)
             progress, stopping = sync_progress(run, signals)  # an evaluation takes time
         run.clock.paused_seconds += time.perf_counter() - paused
     bar.close()
@@ -281,8 +274,8 @@ def sync_progress(run, signals):
 
 
 def set_learning_rate(run, progress):
-    """Set the learning rate of the next step to that of the schedule at its middle; for --max_minutes, at its start,
-    since nobody knows how long it will take; so the first step of such a run has a rate of 0."""
+    """Set the learning rate of the next step: that of the schedule at its middle. With --max_minutes nobody knows how
+    long the step will take, so it is the rate at its start, which is 0 for the first step."""
     if not run.args.max_minutes:
         progress = (run.step + 0.5) / run.max_steps
     lr = run.args.lr * lr_multiplier(progress, run.args)
@@ -308,7 +301,7 @@ def update_weights(run):
         run.scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip or math.inf)
     for optimizer in run.optimizers:
-        # after an overflow in float16, both optimizers skip the step
+        # if any gradient overflowed in float16, both optimizers skip the step, not only the one concerned
         if not run.scaler.is_enabled() or grad_norm.isfinite():
             run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -316,11 +309,8 @@ def update_weights(run):
     return grad_norm
 
 
-def log_step(run, loss, grad_norm, bar, write):
-    """Check the loss of a step, show it and, if `write`, log it. Reading the loss waits for a GPU.
-
-    If the run is stopped at a step that would not have been logged, `write` is False: an uninterrupted run has no such
-    line in its log."""
+def log_step(run, loss, grad_norm, bar):
+    """Check the loss of a step, show it and log it. Reading the loss waits for a GPU."""
     if run.processes > 1:
         dist.all_reduce(loss)
     train_loss = loss.item() / run.processes
@@ -331,15 +321,13 @@ def log_step(run, loss, grad_norm, bar, write):
                  f"{run.args.lr:g}, a longer --warmup, or --dtype=float32")
     run.train_loss = train_loss
     run.speed = run.clock.tokens_per_second((run.step - run.first_step - 1) * run.step_tokens)
-    if write:
-        values = {"train_loss": train_loss, "lr": run.optimizers[0].param_groups[0]["lr"],
-                  "tokens_per_second": round(run.speed),
-                  "grad_norm": grad_norm.item() if grad_norm.isfinite() else None}
-        if peak := peak_flops(run.device, run.dtype):
-            # attention counts half, since it is causal; nanoGPT counts all of it
-            values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
-        run.log(**values)
+    values = {"train_loss": train_loss, "lr": run.optimizers[0].param_groups[0]["lr"],
+              "tokens_per_second": round(run.speed), "grad_norm": grad_norm.item() if grad_norm.isfinite() else None}
+    if peak := peak_flops(run.device, run.dtype):
+        values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
+    run.log(**values)
     bar.set_postfix_str(f", loss {train_loss:.3f}, {run.speed:,.0f} tok/s", refresh=False)
+    # once, early: at the second regular line of the log, since the speed at the first is of few steps
     if bar.disable and run.step == (run.first_step // run.args.log_interval + 2) * run.args.log_interval:
         run.say(f"step {run.step:,}: train loss {train_loss:.3f}, {time_left(run)}")
 
@@ -350,11 +338,11 @@ def time_left(run):
     return f"{run.speed:,.0f} tokens/s, about {minutes:.1f} minutes left"
 
 
-def evaluate_and_save(run):
+def evaluate_and_save(run, probes):
     """Validate on the first stories, show a sample, and save a checkpoint."""
     if run.rank > 0:
         return
-    result = scores(run, run.probes, run.args.eval_stories)
+    result = scores(run, probes, run.args.eval_stories)
     run.log(**result)
     encoding = run.data.encoding
     ids, = write_stories(run.model, encoding, "", 300, [run.args.seed + run.step], temperature=0.8)
@@ -406,19 +394,19 @@ def show_ladder(run, result):
     names = [name for name in result if name.startswith("accuracy_")]
     if names:
         print("\nThe share of held-out marked words that it got right:")
-        print(f"{'step':>8}  " + "".join(f"{name.removeprefix('accuracy_'):18}" for name in names))
+        width = 2 + max(16, *(len(name.removeprefix("accuracy_")) for name in names))
+        print(f"{'step':>8}  " + "".join(f"{name.removeprefix('accuracy_'):{width}}" for name in names))
         for line in lines:
             if "final" not in line and all(name in line for name in names):
-                bars = "".join(f"{'#' * round(10 * line[name]):10} {line[name]:4.0%}   " for name in names)
-                print(f"{line['step']:8,}  {bars}")
+                cells = [f"{'#' * round(10 * line[name]):10} {line[name]:4.0%}" for name in names]
+                print(f"{line['step']:8,}  " + "".join(cell.ljust(width) for cell in cells))
 
 
 def summarize(run):
     """The rest of the summary, besides the scores."""
     floor = run.data.metas[run.data.first]["val"].get("bits_per_byte")
-    summary = {}
-    if floor and len(run.data.mix) == 1:
-        summary["floor_bpb"] = floor  # of a world whose random choices are known
+    # of a world whose random choices are known
+    summary = {"floor_bpb": floor} if floor and len(run.data.mix) == 1 else {}
     if run.step > run.first_step:  # else this session only scores what another one trained
         summary["train_loss"] = run.train_loss
         summary["first_step_seconds"] = f"{run.clock.first_step_seconds:.1f}"
@@ -440,25 +428,14 @@ def main(argv=None):
             open_run_folder(run)
             describe(run)
             prepare_forward(run)
-            try:
-                train(run, signals)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                end_out_of_memory(run)
+            train(run, signals)
     elif any("final" in line and line["step"] == run.step for line in read_lines(run.log_path)):  # scored, too
         run.say(f"{run.out_dir} is finished (step {run.step:,}): to continue it, give a longer run, such as "
                 f"--max_tokens={2 * run.step * run.step_tokens}; to grade it, python eval.py {run.out_dir}")
         return
     if run.processes > 1:
-        dist.barrier()  # otherwise a process may be gone while another still needs it
-        run.forward = run.model  # DistributedDataParallel would keep the process group alive
-        dist.destroy_process_group()
-        if run.rank > 0 and not signals:
-            # without Python's clean-up, in which a thread of torch's aborts some processes; torchrun would then end the
-            # first one as well, which has yet to score
-            os._exit(0)
-    if run.rank == 0 and run.progress() < 1:
+        end_processes(run, stopped=bool(signals))
+    if signals:
         run.say(f"stopped at step {run.step:,} and saved in {run.out_dir}: the same command with --resume continues")
     elif run.rank == 0:
         try:
@@ -470,4 +447,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, lower="--batch_size, --block_size, --n_embd or --n_layer")
+    run_main(main, lower="--batch_size (with --resume, if a checkpoint was saved), --block_size, --n_embd or --n_layer")

@@ -11,7 +11,7 @@
     results.py     what eval.py grades, and eval.json
     ask.py         asking large models
 
-Of the stages, these files import model.py alone."""
+runs.py imports model.py; no other file here imports a stage."""
 import argparse
 import contextlib
 import difflib

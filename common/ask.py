@@ -29,7 +29,7 @@ NO_TOKENS = {"tokens_in": 0, "tokens_out": 0}
 def parse_extra(text):
     """--extra as a dict of parameters, in which None stands for one that is left out."""
     try:
-        extra = json.loads(text or "{}", parse_constant=float)
+        extra = json.loads(text or "{}")
         json.dumps(extra, allow_nan=False)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from None
@@ -60,8 +60,10 @@ def parse_server_args(parser, argv, limit):
     parser.option("max_cost", math.inf, "stop before the cost can pass this many dollars; a request without an answer "
                   "counts as one with the longest", low=0)
     args = parser.parse_args(argv)
-    args.limit_name, args.limit = limit, getattr(args, limit)
-    args.request = {"model": args.model, "max_tokens": args.limit, **args.extra}
+    if not args.model and not getattr(args, "dry_run", False):
+        parser.error("which model? --model=gpt-4o-mini for one")
+    args.limit_name = limit
+    args.request = {"model": args.model, "max_tokens": getattr(args, limit), **args.extra}
     if args.max_cost < math.inf and args.price_in + args.price_out == 0:
         parser.error("--max_cost needs the prices: --price_in and --price_out, in dollars per million tokens")
     if args.max_cost < math.inf and not args.request["max_tokens"]:
@@ -213,12 +215,11 @@ def read_answer(body, sent, prompt):
         reply = merge_chunks(body) if streamed else json.loads(body)
         if isinstance(reply, list):  # how some servers wrap an error
             reply = reply[0]
-        usage, choice = reply.get("usage"), (reply.get("choices") or [{}])[0]
-        counts = usage.items() if isinstance(usage, dict) else ()
-        usage = {name: int(count) for name, count in counts if str(count).isdigit()}
+        usage, choice = reply.get("usage") or {}, (reply.get("choices") or [{}])[0]
         problem, message = reply.get("error") or choice.get("error"), choice.get("message")
         finish = str(choice.get("finish_reason") or "").lower()
-        tokens = {"tokens_in": usage.get("prompt_tokens", 0), "tokens_out": usage.get("completion_tokens", 0)}
+        tokens = {"tokens_in": int(usage.get("prompt_tokens") or 0),
+                  "tokens_out": int(usage.get("completion_tokens") or 0)}
         if problem or message is None or finish == "error":
             problem = problem or reply
             code = str(problem.get("code")) if isinstance(problem, dict) else ""
@@ -227,7 +228,7 @@ def read_answer(body, sent, prompt):
         text = text_of(message.get("content"))
         tokens["tokens_in"] = tokens["tokens_in"] or len(prompt) // 4
         # some servers count the thoughts in the total alone
-        thought = usage.get("total_tokens", 0) - tokens["tokens_in"]
+        thought = int(usage.get("total_tokens") or 0) - tokens["tokens_in"]
         tokens["tokens_out"] = max(tokens["tokens_out"] or len(text) // 4, thought)
         limit = sent.get("max_tokens") or sent.get("max_completion_tokens") or math.inf
         if finish in ("max_tokens", "model_length") or not text and tokens["tokens_out"] >= limit:
@@ -276,9 +277,8 @@ def read_error(error, sent, prompt):
     answer = Answer(sent["model"], NO_TOKENS, error=problem, status=status)
     if cause in ("ReadTimeout", "ReadError", "RemoteProtocolError") or status in (504, 524):  # gateways' time-outs
         answer.lost, answer.tokens = True, most_tokens(prompt, sent)
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1)):
-        with contextlib.suppress(AttributeError, LookupError, ValueError):  # no reply, no such header, or it is a date
-            answer.pause = answer.pause or float(error.response.headers[name]) * unit
+    with contextlib.suppress(AttributeError, LookupError, ValueError):  # no reply, no such header, or it is a date
+        answer.pause = float(error.response.headers["retry-after"])
     return answer
 
 
@@ -377,15 +377,10 @@ class Asking:
         empty = not (without_thoughts(answer.text).strip() or answer.refusal or answer.finish == "content_filter")
         self.cut_off = self.cut_off + 1 if reason and (empty or answer.finish == "length") else 0
         if self.cut_off == MAX_CUT_OFF:
-            text = f"the last {MAX_CUT_OFF} answers were cut off, this one after {answer.tokens['tokens_out']:,} tokens"
-            advice = f"raise --{self.args.limit_name}={self.args.limit}"
-            if empty and answer.finish in ("tool_calls", "function_call"):
-                text = f"the last {MAX_CUT_OFF} answers had no text, and ended with {answer.finish}"
-                advice = "try another --model"
-            elif empty:
-                text += " of thinking and without any text"
-                advice += """, or have it think less, for instance with --extra='{"reasoning_effort": "low"}'"""
-            self.stop = self.stop or SystemExit(f"{text}: {advice}")
+            self.stop = self.stop or SystemExit(
+                f"the last {MAX_CUT_OFF} answers were empty or cut off ({answer.finish}), this one after "
+                f"{answer.tokens['tokens_out']:,} tokens of thinking and text: raise --{self.args.limit_name}, have the "
+                """model think less, for instance with --extra='{"reasoning_effort": "low"}', or try another --model""")
         elif self.rejected == MAX_REJECTED:
             self.stop = self.stop or SystemExit(
                 f"the last {self.rejected} answers were all rejected, the last one: {reason}")

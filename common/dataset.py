@@ -115,12 +115,9 @@ class TrainData:
     def __init__(self, args):
         self.seed, self.length = args.seed, args.block_size
         self.mix = parse_mix(args.dataset)  # {name: weight}
-        if "world" in self.mix:
-            from lab.world import ensure_prepared  # only here: the stages do without the laboratory
-            ensure_prepared()
         self.metas = {name: load_meta(name) for name in self.mix}
         self.first = next(iter(self.mix))
-        self.encoding = load_tokenizer(self.first)  # of all datasets, see below
+        self.encoding = load_tokenizer(self.first)  # the others must have the same, see below
         self.tokenizer = self.metas[self.first]["tokenizer"]["sha256"]
         self.hashes = [meta["train"]["sha256"] for meta in self.metas.values()]
         self.tokens, self.story_starts = [], []  # of each dataset; tokens are memory-mapped

@@ -37,7 +37,7 @@ def pick_device(device="auto", dtype="auto"):
         fast = torch.bfloat16
     if device.type == "cpu" and usable_cpus() < torch.get_num_threads():
         torch.set_num_threads(usable_cpus())  # more threads than a container may run would wait for each other
-    if fast == torch.float32 and dtype == "float16" or fast != torch.bfloat16 and dtype == "bfloat16":
+    if (dtype == "float16" and fast == torch.float32) or (dtype == "bfloat16" and fast != torch.bfloat16):
         print(f"this {device.type} device has no instructions for {dtype} and is slow at it: leave --dtype out",
               file=sys.stderr)
     return device, fast if dtype == "auto" else getattr(torch, dtype)

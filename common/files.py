@@ -1,5 +1,5 @@
-"""Files. One that somebody else reads is written under a temporary name and renamed, so that nobody sees half of it;
-one to which lines are appended loses at most its last line when a process is killed."""
+"""Files. Those that others read are written under a temporary name and renamed, so that nobody sees half of one. Those
+that grow by lines lose at most the last line when a process is killed."""
 import contextlib
 import errno
 import hashlib

@@ -20,18 +20,18 @@ def choose_batch_tokens(args, tokens, device):
     of a small step. A long run loses little with larger ones, so there the batch grows with the square root of its
     length, in powers of two."""
     if device.type != "cuda" or args.max_steps:
-        return 4096
+        return max(4096, args.block_size)
     if args.max_minutes:
-        return 16384 if args.max_minutes > 2 else 4096
+        return 16384 if args.max_minutes > 2 else max(4096, args.block_size)
     exponent = round(math.log2(4096 * (tokens / 5e6) ** 0.5))
-    return min(max(4096, 2**exponent), 65536)
+    return min(max(4096, args.block_size, 2**exponent), 65536)
 
 
 def max_micro_batch(run):
     """The largest micro batch in rows, unless --batch_size is given: 8,192 tokens, or 128 rows on a GPU, as far as half
     of the GPU's memory or a quarter of the RAM holds them; other programs need that too."""
-    # what the backward pass needs of each token without compiling: about 50 bytes per channel and layer, as a test
-    # measures it, and 12 per logit (in 16 bits, in float32, and its gradient)
+    # what the backward pass needs for each token without compiling: about 50 bytes per channel and layer (a test
+    # measures it), and 12 per logit (in 16 bits, in float32, and its gradient)
     token_bytes = 50 * run.config.n_layer * run.config.n_embd + 12 * run.config.vocab_size
     if run.device.type == "cuda":
         memory, rows = torch.cuda.get_device_properties(run.device).total_memory / 2, 128
@@ -112,11 +112,12 @@ def halve_micro_batch(run):
     run.say(f"out of memory: going on with micro batches of {run.micro_batch} rows")
 
 
-def end_out_of_memory(run):
-    """End the program with a line that says how to go on with less memory."""
-    smaller = f"--batch_size={run.micro_batch // 2}"
-    if run.micro_batch == 1:
-        smaller = "a smaller --block_size, --n_embd or --n_layer, as a new run"
-    elif os.path.exists(os.path.join(run.out_dir, "ckpt.pt")):
-        smaller = f"--resume {smaller}: the last checkpoint stays"
-    sys.exit(f"out of memory at step {run.step:,}: close other programs, or run the same command again with {smaller}")
+def end_processes(run, stopped):
+    """Wait until all processes have trained. The first one goes on alone, if only to score; the others end here, unless
+    the run was `stopped`: then each has yet to end by its signal."""
+    dist.barrier()  # otherwise a process may be gone while another still needs it
+    run.forward = run.model  # DistributedDataParallel would keep the process group alive
+    dist.destroy_process_group()
+    if run.rank > 0 and not stopped:
+        # at once: Python's clean-up can abort here, by a thread of torch's, and torchrun would then end the first one too
+        os._exit(0)

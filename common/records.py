@@ -5,7 +5,6 @@ A story is a record, {"story": text, …}, where known with its words, features,
 larger than the memory: plain files, JSON lines or text, are cut into chunks, which workers read independently of each
 other. All other files are read as a stream.
 """
-import codecs
 import csv
 import glob
 import gzip
@@ -44,6 +43,7 @@ FORMATS = {"txt": "text", "jsonl": "lines", "ndjson": "lines", "json": "json", "
 NO_STORIES = ("meta.json", "generate.json", "rejected.jsonl")  # what stages write beside stories
 CHUNK_BYTES = 1 << 21  # a worker reads about this much of a file at a time
 GZIP = b"\x1f\x8b"  # how gzipped files begin
+SPAN = {"start", "end", "skill", "wrong"}  # what a span has
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, or in place of a byte that is not UTF-8
 NOT_UTF8 = "is not UTF-8: save the file as UTF-8"
 BLOCK = 1 << 20  # characters of JSON that are read at a time
@@ -195,27 +195,19 @@ def detect_format(name, head, field):
             return kind
     if head.startswith((b"PK\3\4", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")):  # zip, bzip2, xz, zstd
         sys.exit(f"{name} is packed, and not by gzip: unpack it first")
-    beginning = head.decode(detect_encoding(head), "ignore").lstrip()
+    beginning = head.decode(json.detect_encoding(head), "ignore").lstrip()  # by its byte-order mark, else UTF-8
     if beginning[:14].lower().startswith(("<!doctype html", "<html", "<?xml")):
         sys.exit(f"{name} is a page of HTML and no file of stories: delete it, and get the file itself")
     kind = file_format(os.path.basename(name))
-    if beginning.startswith(("[", '"')) and kind == "lines" or beginning.startswith(("[", "{")) and not kind \
-            or beginning.startswith('{"') and kind == "text":
-        return "json"
     first_line = beginning.partition("\n")[0].strip()
-    if first_line == "{" and kind == "lines":  # an object on several lines
+    is_json = {"lines": first_line == "{" or beginning.startswith(("[", '"')),  # an object on several lines, or an array
+               "text": beginning.startswith('{"'), None: beginning.startswith(("[", "{"))}
+    if is_json.get(kind):
         return "json"
     columns = re.split("[,;\t]", first_line.replace('"', ""))
     if kind in (None, "text") and field in columns and all(re.fullmatch(r"[\w ]+", column) for column in columns):
         return "csv"
     return kind or "text"
-
-
-def detect_encoding(head):
-    """The encoding that a file's byte-order mark tells, else UTF-8. Python's codecs remove the mark."""
-    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-             codecs.BOM_UTF16_BE: "utf-16"}
-    return next((name for mark, name in marks.items() if head.startswith(mark)), "utf-8-sig")
 
 
 def is_plain(path, split_at, field):
@@ -224,12 +216,13 @@ def is_plain(path, split_at, field):
         return False
     head = first_bytes(path)
     kind = detect_format(path, head, field)
-    return detect_encoding(head) == "utf-8-sig" and (kind == "lines" or kind == "text" and split_at == "eot")
+    is_utf8 = json.detect_encoding(head).startswith("utf-8")
+    return is_utf8 and (kind == "lines" or kind == "text" and split_at == "eot")
 
 
 def has_lines(path):
     """Whether each line of a plain file is a story, in JSON."""
-    return path.lower().endswith((".jsonl", ".ndjson"))
+    return file_format(os.path.basename(path)) == "lines"
 
 
 def split_file(path):
@@ -283,9 +276,10 @@ def parse_line(line, number, field="story"):
             record["story"] = re.sub(rf"\A(\s*{re.escape(EOT)}\s*)+|\s*({re.escape(EOT)}\s*)+\Z", "", record["story"])
         if EOT in record["story"]:
             return {"story": None, "why": f"has {EOT} inside: split it into stories", "line": number, "text": line}
-        if isinstance(record.get("spans") or [], list):
+        spans = record.get("spans") or []
+        if isinstance(spans, list) and all(isinstance(span, dict) and SPAN <= span.keys() for span in spans):
             return record
-        why = 'has "spans" that are not a list'
+        why = f'has "spans" that are no list of objects with {", ".join(sorted(SPAN))}: correct or delete it'
     except UnicodeEncodeError:
         half = re.search("[\ud800-\udbff]", record["story"])  # the other half can also stand for a byte
         why = "has half a surrogate pair: correct or delete it" if half else NOT_UTF8
@@ -324,7 +318,7 @@ def convert(path, split_at, field):
         with open(path, "rb") as stream:
             for record in read_any(stream, path, split_at, field):
                 if isinstance(record, Broken):
-                    yield ascii(record)  # in single quotes, so that it is no JSON
+                    yield ascii(record)  # a text in quotes: no record, if it is JSON at all
                     continue
                 if isinstance(record, str):  # an array of texts
                     record = {field: record}
@@ -347,7 +341,7 @@ def read_any(stream, name, split_at, field):
         yield from read_parquet(stream, name)
     else:
         newline = "" if kind == "csv" else None
-        text = io.TextIOWrapper(stream, detect_encoding(head), "surrogateescape", newline)
+        text = io.TextIOWrapper(stream, json.detect_encoding(head), "surrogateescape", newline)
         yield from {"csv": read_csv, "text": read_text}.get(kind, read_json)(text, split_at)
 
 
@@ -470,7 +464,7 @@ def details(record):
     summary = fields.get("summary")
     return {"features": ["plot twist" if feature == "twist" else feature for feature in features],
             "words": as_list(fields.get("words")),
-            "summary": " ".join(clean_text(summary).split()) if isinstance(summary, str) else ""}
+            "summary": " ".join(SURROGATE.sub("", summary).split()) if isinstance(summary, str) else ""}
 
 
 def as_list(value):
@@ -479,12 +473,9 @@ def as_list(value):
         value = re.split(r"[,;|\n、，]", value.strip("[]"))
     if not isinstance(value, list):
         return []
-    words = [" ".join(clean_text(str(item)).split()).strip(" '\"") for item in value if isinstance(item, (str, int))]
+    items = [SURROGATE.sub("", str(item)) for item in value if isinstance(item, (str, int))]
+    words = [" ".join(item.split()).strip(" '\"") for item in items]
     return [word for word in words if word]
-
-
-def clean_text(text):
-    return SURROGATE.sub("", text)  # half a surrogate pair cannot be encoded
 
 
 # -----------------------------------------------------------------------------------------------------------------

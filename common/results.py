@@ -1,4 +1,4 @@
-"""What is graded, and where the figures go: each command of eval.py or of the laboratory adds its sections to the
+"""Models to grade, and their eval.json: each command of eval.py or of the laboratory adds its sections to the
 eval.json of a run, and leaves those of others as they are."""
 import glob
 import json
@@ -49,8 +49,8 @@ def load_subject(name, device, dataset="", context=0, tokenizer=""):
     about = {"step": checkpoint["step"], "checkpoint": file_hash(path), "settings": experiment_of(checkpoint, context)}
     before = instruction({}) if checkpoint.get("instruct") else ""
     datasets = [dataset] if dataset else checkpoint["datasets"]
-    for each in () if dataset else datasets:
-        if load_meta(each)["tokenizer"]["sha256"] != checkpoint["tokenizer"]:
+    for each in datasets:
+        if not dataset and load_meta(each)["tokenizer"]["sha256"] != checkpoint["tokenizer"]:
             sys.exit(f"data/{each} is not what {name} was trained on: prepare it as it was, or give --dataset={each} "
                      "to grade the run on other stories")
     check_files(datasets, prefix)

@@ -1,5 +1,5 @@
 """Runs on disk: finding, loading, saving and continuing them. A run is a folder with ckpt.pt, log.jsonl and
-tokenizer.tiktoken; `run` is a Run of train.py, which writes them."""
+tokenizer.tiktoken. The functions that save and continue one take the Run of train.py, which writes them."""
 import glob
 import json
 import os
@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import torch
 
-from common.files import atomic_write, check_writable, file_hash, lock
+from common.files import atomic_write, check_writable, file_hash, lock, read_lines
 from common.tokenizer import load_ranks, make_encoding
 from model import GPT, GPTConfig
 
@@ -124,8 +124,9 @@ class Clock:
 def open_run_folder(run):
     """Create the run's folder, copy the tokenizer into it, and start the log, or trim it for a resumed run."""
     if run.rank == 0:
-        has_checkpoint = os.path.exists(os.path.join(run.out_dir, "ckpt.pt"))  # which stays until the next is written
-        # a checkpoint has at most three numbers of 4 bytes per weight: itself, and the two averages of AdamW
+        # a checkpoint has at most three numbers of 4 bytes per weight: itself, and the two averages of AdamW; the old one
+        # stays until the new one is complete, so a new run needs room for two, and one that has a checkpoint for one more
+        has_checkpoint = os.path.exists(os.path.join(run.out_dir, "ckpt.pt"))
         check_writable(run.out_dir, 12 * run.model.num_params() * (1 if has_checkpoint else 2))
         os.makedirs(run.out_dir, exist_ok=True)
         run.lock = run.lock or lock(os.path.join(run.out_dir, "train.lock"))
@@ -136,10 +137,7 @@ def open_run_folder(run):
 
 def trim_log(path, step):
     """Create a run's log or, when resuming, drop the lines that were logged after `step`."""
-    lines = []
-    if step and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = [json.dumps(line) + "\n" for line in read_lines(path) if step and line["step"] <= step]
     with atomic_write(path) as file:
         file.writelines(lines)
 
@@ -190,8 +188,10 @@ def read_own_checkpoint(run, defaults):
     if not os.path.exists(path):
         sys.exit(f"there is no run in {run.out_dir} to continue: leave --resume out, or name a run with --out_dir")
     checkpoint = load_checkpoint(path)
-    # the run must go on with what was chosen for it
+    # the run must go on with what was chosen for it, and its next checkpoint must say where it started
     args.batch_tokens = args.batch_tokens or checkpoint["args"]["batch_tokens"]
+    for name in ("init_from", "embed_std"):
+        setattr(args, name, checkpoint["args"].get(name, defaults[name]))
     # options that the checkpoint does not know had today's defaults, except for the model's: it was built without them
     before = defaults | asdict(GPTConfig(**checkpoint["model_config"])) | checkpoint["args"]
     for name, value in vars(args).items():

@@ -4,7 +4,6 @@ The default model, with smaller heads, learns from the world. One half of its sp
 the neurons that matter most to them; then these are ablated, and the other half, and all other kinds of spans, show
 what that costs.
 """
-from collections import defaultdict
 from contextlib import ExitStack
 
 import torch
@@ -12,7 +11,7 @@ from lesson import command_line, prepare, run_main, train, write_world
 
 from common.device import pick_device
 from common.results import load_subject
-from eval import passes, read_spans
+from eval import pass_rates, passes, read_spans
 from lab.interpret import ablate_head, ablate_neurons, logit_lens, projections
 
 N_CHOSEN = 10  # neurons ablated together
@@ -48,10 +47,8 @@ def exclusion_head(model, encoding, probes):
 
 def share_by_kind(model, encoding, probes):
     """{kind: % of its probes that the model passes}."""
-    results = defaultdict(list)
-    for probe, passed in zip(probes, passes(model, encoding, probes)):
-        results[probe["kind"]].append(passed)
-    return {kind: 100 * sum(group) / len(group) for kind, group in results.items()}
+    rates = pass_rates("kind", probes, passes(model, encoding, probes))
+    return {kind: 100 * share for kind, (share, *_) in rates.items()}
 
 
 def look_for_exclusion(run):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import CommandLine, run_main
+from common import ROOT, CommandLine, run_main
 from common.dataset import load_meta, load_tokens
 from common.device import pick_device
 from eval import evaluate, score
@@ -30,16 +30,10 @@ from lab.contenders import NEW_TOKENS, NanoGPT, seconds_of, shape_of, training_s
 from lab.world import stories
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def format_number(x):
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
 def report(figure, values, note=""):
     """Print the median of the values, and their range if there are several."""
-    middle, low, high = map(format_number, (statistics.median(values), min(values), max(values)))
+    middle, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+                         for x in (statistics.median(values), min(values), max(values)))
     spread = f"({low} to {high})" if len(values) > 1 else ""
     print(f"{figure:60} {middle:>8} {spread:20} {note}")
 
@@ -47,13 +41,13 @@ def report(figure, values, note=""):
 def start_contender(name, work, args):
     """Start a contender and wait until it is ready. Returns its process, or None if it cannot run here.
 
-    It imports model.py and train.py from this checkout, or from the other one if it is called `baseline`."""
+    Its script and all that it imports come from this checkout, or from the other one if it is called `baseline`."""
     folder = args.baseline if name.startswith("baseline") else ROOT
     arguments = json.dumps([name, *work, str(args.device), args.peer])
     # -P keeps the folder lab/ off the path: all modules must come from the checkout named there
-    process = subprocess.Popen([sys.executable, "-P", ROOT / "lab" / "contenders.py", arguments], text=True,
-                               env={**os.environ, "PYTHONPATH": os.path.abspath(folder)},
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, "-P", os.path.join(folder, "lab", "contenders.py"), arguments]
+    process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": os.path.abspath(folder)})
     for line in process.stdout:  # nanoGPT prints as it builds
         if line == "ready\n":
             return process
@@ -136,11 +130,11 @@ def measure_scoring(args):
             report(f"seconds of val_bpb, 8x512, {dtype}", [seconds_of(lambda: score(model, tokens, 0), args.device)])
 
 
-def run_script(*command, folder=None):
+def run_script(name, *options, folder=None):
     """Run a script of this repository in `folder`. Its progress and its errors are shown, its other output is not."""
-    process = subprocess.run([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL)
-    if process.returncode:
-        sys.exit(f"{command[0].name} failed, for the reason shown above")
+    command = [sys.executable, os.path.join(ROOT, name), *options]
+    if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"{name} failed, for the reason shown above")
 
 
 def measure_preparing(args):
@@ -150,7 +144,7 @@ def measure_preparing(args):
         with open(corpus, "w", encoding="utf-8") as file:
             file.writelines(record["story"] + "\n<|endoftext|>\n" for record in stories(120_000))
         megabytes, started = corpus.stat().st_size / 1e6, time.perf_counter()
-        run_script(ROOT / "prepare.py", "--dataset=x", "--input=stories.txt", folder=folder)
+        run_script("prepare.py", "--dataset=x", "--input=stories.txt", folder=folder)
         report(f"MB/s of preparing {megabytes:,.0f} MB", [megabytes / (time.perf_counter() - started)])
 
 
@@ -185,7 +179,7 @@ def measure_quality(args):
     n_layer, n_embd = args.shapes[0]
     length = f"--max_tokens={args.tokens}" if args.tokens else f"--max_minutes={args.minutes}"
     with tempfile.TemporaryDirectory() as folder:
-        run_script(ROOT / "train.py", f"--dataset={args.dataset}", f"--n_layer={n_layer}", f"--n_embd={n_embd}", length,
+        run_script("train.py", f"--dataset={args.dataset}", f"--n_layer={n_layer}", f"--n_embd={n_embd}", length,
                    "--compile=True", "--evals=0", f"--device={args.device}", f"--out_dir={folder}/run")
         *_, last_line = Path(folder, "run", "log.jsonl").read_text(encoding="utf-8").splitlines()
     final = json.loads(last_line)

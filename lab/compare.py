@@ -244,12 +244,13 @@ def page(title, body):
 """
 
 
-def html_table(results):
-    """The table of {run: eval.json} in HTML."""
+def html_table(rows):
+    """HTML of a table. The first row, and titles, which stand alone in theirs, are bold; floats have three digits."""
     lines = []
-    for row in figure_rows(results):
-        tag = "th" if len(row) == 1 else "td"  # the title of a section stands alone
-        lines.append("<tr>" + "".join(f"<{tag}>{escape(text)}</{tag}>" for text in row) + "</tr>\n")
+    for i, row in enumerate(rows):
+        tag = "th" if i == 0 or len(row) == 1 else "td"
+        cells = [f"{cell:.3g}" if isinstance(cell, float) else escape(str(cell)) for cell in row]
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
     return f'<div class="scroll"><table>\n{"".join(lines)}</table></div>\n'
 
 
@@ -297,12 +298,13 @@ def main(argv=None):
         results = merge_seeds(results)
         logs = {run: logs[run] for run in results}
         brackets = "the lowest and the highest of the seeds; curves against tokens and minutes show the first seed"
-    print_table(figure_rows(results))
+    rows = figure_rows(results)
+    print_table(rows)
     os.makedirs("out", exist_ok=True)
     path = os.path.join("out", "compare.html")
     with atomic_write(path) as file:
         note = f"<p>In brackets: {brackets}.</p>"
-        file.write(page("Models compared", draw_charts(results, logs) + html_table(results) + note))
+        file.write(page("Models compared", draw_charts(results, logs) + html_table(rows) + note))
     print(f"charts: {path}")
 
 

@@ -144,7 +144,7 @@ def feature_tests(dataset, n=8_000):
     signs."""
     meta, stories = load_meta(dataset), []  # stories: (features, text, 4-grams)
     for source in meta["source"]:
-        if source["file"].endswith(".jsonl") and os.path.exists(source["file"]):
+        if source["split"] != "published" and os.path.isfile(source["file"]):
             records = read_records(source["file"], meta.get("field", "story"))
             stories += [(details(record)["features"], record["story"], set(ngrams(words_of(record["story"]), 4)))
                         for record in islice(records, n - len(stories))]

@@ -100,19 +100,14 @@ def distinct_ngrams(records):
     return {f"distinct {n}-grams": f"{len(distinct[n]):,} in {n_words:,} words" for n in distinct}
 
 
-def labels(records):
-    """What records hold besides the story: the words that were requested, and the spans, which need a skill."""
-    requested, missing, n_words, skills = 0, 0, 0, Counter()
+def requested_words(records):
+    """The share of the requested words that the stories have, where records name them."""
+    n_words = n_missing = 0
     for record in records:
         words = details(record)["words"]
-        requested += len(words)
-        missing += len(missing_words(words, record["story"]))
-        n_words += len(alphabetic_words(record["story"]))
-        skills.update(span["skill"] for span in record.get("spans") or [])
-    figures = {f"{skill} spans per 100 words": f"{100 * count / n_words:.2f}" for skill, count in skills.items()}
-    if requested:
-        figures["requested words used"] = f"{100 - 100 * missing / requested:.1f} %"
-    return figures
+        n_words += len(words)
+        n_missing += len(missing_words(words, record["story"]))
+    return {"requested words used": f"{100 - 100 * n_missing / n_words:.1f} %"} if n_words else {}
 
 
 def describe(path):
@@ -123,7 +118,7 @@ def describe(path):
     if not records:
         sys.exit(f"{path} holds no story: name another file, or write stories with python generate.py")
     figures = {}
-    for measure in (size, copies, openings, names, distinct_ngrams, labels):
+    for measure in (size, copies, openings, names, distinct_ngrams, requested_words):
         figures.update(measure(records))
     return figures
 

@@ -31,7 +31,7 @@ from common.device import pick_device
 from common.files import atomic_write
 from common.results import add_section, load_subject
 from common.runs import load_checkpoint, newest_run
-from eval import evaluate, passes, read_spans
+from eval import evaluate, read_spans, skill_accuracy
 from lab.interpret_page import run_page
 from lab.world import LISTS, VOCABULARY, forms_of
 
@@ -273,14 +273,10 @@ def find_own_noun(story, same):
     """(T, T) bool: query i is an article, key j the noun that follows it after at most two other words.
 
     same (T, T): whether two tokens are equal."""
-    noun = story.kind == NOUN
-    articles = [text.strip().lower() in ("a", "an", "the") for text in story.texts]
-    waiting = torch.tensor(articles, device=noun.device)  # articles whose noun has not come yet
-    pairs = torch.zeros_like(same)
-    for step in (1, 2, 3):
-        followed = waiting & F.pad(noun[step:], (0, step))
-        pairs |= followed[:, None] & F.pad(same[step:], (0, 0, 0, step))
-        waiting = waiting & ~followed
+    kinds, pairs = story.kind.tolist(), torch.zeros_like(same)
+    for i, text in enumerate(story.texts):
+        if text.strip().lower() in ("a", "an", "the") and NOUN in kinds[i + 1:i + 4]:
+            pairs[i] = same[kinds.index(NOUN, i + 1)]
     return pairs
 
 
@@ -355,7 +351,7 @@ def attention_maps(model, stories, heads, T=40):
         best = max(heads, key=lambda head: head[figure])
         reasons[best["layer"], best["head"]].append(why)
     return [{"layer": layer, "head": head, "why": ", ".join(why), "words": words,
-             "attention": attention[layer, head].double().round(decimals=3).tolist()}
+             "attention": attention[layer, head].cpu().double().round(decimals=3).tolist()}
             for (layer, head), why in reasons.items()]
 
 
@@ -513,12 +509,9 @@ def study_ablations(model, encoding, dataset, n_stories, probes):
     """[{layer, head, loss, skill: share}]: the loss in nats per token, and the share of each skill's probes that the
     model passes, with each layer (attention and MLP; its head is None) and each head ablated in turn. The first record
     is about the intact model; its layer and head are None."""
-    skills = np.array([probe["skill"] for probe in probes])
-
     def measure(layer, head):
-        passed = passes(model, encoding, probes, "skills")
-        shares = {skill: float(passed[skills == skill].mean()) for skill in SKILLS if skill in skills}
-        return {"layer": layer, "head": head, "loss": evaluate(model, dataset, n_stories)["val_loss"], **shares}
+        return {"layer": layer, "head": head, "loss": evaluate(model, dataset, n_stories)["val_loss"],
+                **skill_accuracy(model, encoding, probes)}
 
     records = [measure(None, None)]
     for layer, block in enumerate(progress(model.blocks, "ablating")):
@@ -575,7 +568,7 @@ def study(name, args, device):
     if longest <= min(NEAREST, model.config.block_size // 2):
         sys.exit(f"the first {args.stories} validation stories of {dataset} have at most {longest} tokens, "
                  "too few to see heads at work: name another dataset with --dataset")
-    control = untrained(model, checkpoint["args"]["seed"] if args.seed is None else args.seed)
+    control = untrained(model, checkpoint["args"]["seed"])
     source, probes, exclusions = skill_probes(dataset)
     heads = study_heads(model, stories)
     ablations = study_ablations(model, encoding, dataset, min(ABLATION_STORIES, len(stories)), probes)
@@ -587,7 +580,7 @@ def study(name, args, device):
         "parameters": model.num_params(), "heads": heads, "head figures": HEAD_FIGURES,
         "untrained heads": study_heads(control, stories, "untrained heads"),
         "maps": attention_maps(model, stories, heads), **compare_neurons(model, control, stories),
-        "loss": losses[None, None], "ablations": ablations, "probes": source,
+        "ablations": ablations, "probes": source,
         "logit lens": logit_lens(model, encoding, exclusions)}
 
 
@@ -617,7 +610,6 @@ def main(argv=None):
     parser.add_argument("runs", nargs="*", help="folders of runs, such as out/a (default: the newest)")
     parser.option("dataset", "", "read this dataset's validation stories instead of the run's own")
     parser.option("stories", 200, "number of stories", low=10)
-    parser.option("seed", None, "seed of the controls (default: the run's own)", type=int)
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     device, _ = pick_device(args.device)

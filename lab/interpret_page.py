@@ -3,7 +3,7 @@ from html import escape
 
 import numpy as np
 
-from lab.compare import chart, page
+from lab.compare import chart, html_table, page
 
 STYLE = """<style>mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit }
 .note { opacity: .8; font-size: .9rem } .lead { font-size: 1.2rem } .neuron { overflow-wrap: anywhere }
@@ -17,18 +17,6 @@ def name_of(record):
     """"layer 3 head 1", of the parts that a record has, with spaces at which no line breaks."""
     parts = [f"{part}\u00a0{record[part]}" for part in ("layer", "head", "neuron") if record.get(part) is not None]
     return "\u00a0".join(parts)
-
-
-def format_cell(value):
-    """A float with three digits; all else as it is, escaped."""
-    return f"{value:.3g}" if isinstance(value, float) else escape(str(value))
-
-
-def table(header, rows):
-    """HTML of a table. All cells are escaped."""
-    lines = ["<th>" + "</th><th>".join(map(format_cell, header)) + "</th>"]
-    lines += ["<td>" + "</td><td>".join(map(format_cell, row)) + "</td>" for row in rows]
-    return '<div class="scroll"><table><tr>' + "</tr>\n<tr>".join(lines) + "</tr></table></div>\n"
 
 
 def draw_map(head):
@@ -67,7 +55,7 @@ def heads_section(results):
 mixed. In an untrained model {n_untrained} are mixed.</p><div class="charts">{axes}</div>
 <h3>Attention maps</h3><p>Each row is a token that attends to the columns. Hover for values.</p>
 <div class="charts">{maps}</div>
-<h3>Every head</h3>{table(["", *figures], rows)}<ul class="note">{meanings}</ul>"""
+<h3>Every head</h3>{html_table([["", *figures], *rows])}<ul class="note">{meanings}</ul>"""
 
 
 def show_neuron(neuron, title):
@@ -98,10 +86,10 @@ def main_character_section(results):
     best, ablated = name_of(ranked[0]), results["main character ablated"]
     named = [(name_of(record), record) for record in ranked[:5]]
     named += [("the untrained model's best", record) for record in results["untrained main character"]]
-    aurocs = table(["AUROC of the first mention against", "later mentions", "other capitalized words"],
-                   [[name, record["later"], record["capital"]] for name, record in named])
-    losses = table(["rise of the loss at later mentions, in nats per token, without", "these neurons",
-                    "these at the first mention alone"], [[name, *rises] for name, rises in ablated.items()])
+    aurocs = html_table([["AUROC of the first mention against", "later mentions", "other capitalized words"],
+                         *([name, record["later"], record["capital"]] for name, record in named)])
+    losses = html_table([["rise of the loss at later mentions, in nats per token, without", "these neurons",
+                          "these at the first mention alone"], *([name, *rises] for name, rises in ablated.items())])
     return f"""{title}
 <p class="lead">In {ranked[0]["later"]:.0%} of pairs, {best} is more active at the first mention of the main
 character than at a later one. Without it, later mentions cost {ablated["the best"][0]:+.3f} nats.</p>
@@ -123,7 +111,7 @@ def skills_section(results):
     return f"""<h2>Which layers and heads does a skill need?</h2>
 <p>Share of words for which the model finds the right one likelier than a tempting wrong one, and how it changes if a
 layer or a head is ablated. Words: {escape(results["probes"])}.</p>
-{table(["ablated", *skills], rows)}
+{html_table([["ablated", *skills], *rows])}
 <p class="note">All layers, and the ten heads that some skill needs most. With so few words, 10 % may be chance.</p>"""
 
 

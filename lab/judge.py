@@ -163,8 +163,6 @@ def main(argv=None):
     parser.option("tokenizer", "", "for an hf: model without a tokenizer: the name of another one that has it")
     parser.option("device", "auto", "auto, cpu, cuda or mps")
     args = parse_server_args(parser, argv, "reply_tokens")
-    if not args.model:
-        parser.error("which model? --model=gpt-4o-mini for one")
     prompts = read_list("prompts", args.prompts, lambda prompt: isinstance(prompt, str))
     device, _ = pick_device(args.device)
     tokens = Counter(tokens_in=0, tokens_out=0)  # for all runs together, because --max_cost is for all of them

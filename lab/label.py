@@ -105,14 +105,14 @@ def main(argv=None):
     has_val = "val" in [split for _, split in sources]  # else --val_fraction is held out, whatever the files are called
     counts = [Counter() for _ in forms]  # how many stories have each word
     for source, _ in sources:
-        for record in read_records(source, meta["field"]):
+        for record in read_records(source, meta.get("field", "story")):
             for count, found in zip(counts, words_in(record["story"], forms)):
                 count.update(found)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     written = Counter()
     with atomic_write(path) as file:
         for source, split in sources:
-            for record in read_records(source, meta["field"]):
+            for record in read_records(source, meta.get("field", "story")):
                 labels = label(record["story"], forms, counts)
                 written.update(["stories", *labels["features"]])
                 file.write(json.dumps({**({"split": split} if has_val and split else {}), **record, **labels}) + "\n")

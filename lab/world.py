@@ -162,18 +162,10 @@ def parse(telling):
     return wordings
 
 
-def with_lines(plot):
-    """Add to a plot the lines of "frame", and "quiet lines": the tellings without direct speech, if there are any."""
-    lines, quiet_lines = {**WORDS["frame"], **plot["lines"]}, {}
-    for name, tellings in lines.items():
-        quiet_lines[name] = [telling for telling in tellings if "“" not in telling] or tellings
-    return {**plot, "lines": lines, "quiet lines": quiet_lines}
-
-
-PLOTS = {name: {**with_lines(plot), "group": group}
+PLOTS = {name: {**plot, "group": group, "lines": {**WORDS["frame"], **plot["lines"]}}
          for group, plots in WORDS["plots"].items() for name, plot in plots.items()}
 # short scenes, for a story of any plot: {(group, home): scenes}. Those at home are told before the friend comes
-SCENES = {(group, home): [with_lines(scene) for scene in scenes.values() if scene.get("home", False) == home]
+SCENES = {(group, home): [scene for scene in scenes.values() if scene.get("home", False) == home]
           for group, scenes in WORDS["scenes"].items() for home in (True, False)}
 TABLES = {name: list(facts.items()) for name, facts in WORDS["facts"].items()}  # {name: rows}
 TABLES["tools-for"] = [(tool, *texts) for tool, texts in WORDS["tools-for"].items()]
@@ -226,7 +218,7 @@ class Tale:
         self.plot, self.split, self.bad, self.features = "", "train", False, []  # bad: whether it ends badly
         self.roles = {}  # {role: Entity}
         self.text, self.spans = "", []
-        self.lines = {}  # {sentence: tellings}, for `say`
+        self.lines, self.quiet = {}, False  # {sentence: tellings}, for `say`; whether nobody speaks, where that can be
         self.last_scene = None  # (lines, roles) of a scene whose end is told near the end of the story
         self.recent = []  # the people of the last telling
         self.mentions = {}  # {name: (how often it is in the text, where it begins for the last time)}
@@ -397,7 +389,10 @@ class Tale:
             elif (name.endswith("?") and self.chance(0.4)) or (name.endswith("~") and self.bad):
                 continue
             elif not name.startswith("!") or self.feature("conflict", 0.15):
-                self.tell(self.choose(self.lines[name.strip("!?~")][:self.limit]))
+                tellings = self.lines[name.strip("!?~")]
+                if self.quiet:
+                    tellings = [telling for telling in tellings if "“" not in telling] or tellings
+                self.tell(self.choose(tellings[:self.limit]))
 
     def tell(self, telling):
         self.render(self.choose(parse(telling)))
@@ -528,12 +523,12 @@ def tell_story(rng, size="large", facts=1.0, context=1.0, reasoning=1.0):
     tale.plot = tale.choose(list(PLOTS), [weights[plot["group"]] for plot in PLOTS.values()])
     plot = PLOTS[tale.plot]
     tale.split = "val" if tale.chance(VAL_SHARE) else "train"
-    tone = "quiet lines" if tale.chance(0.3) else "lines"
-    tale.lines = plot[tone]
+    tale.quiet = tale.chance(0.3)
+    tale.lines = plot["lines"]
     tale.bad = tale.feature("bad ending", 0.2)
     tale.cast()
     tale.thing("h", "outdoors")
-    tell_opening(tale, draw_scenes(tale, True, context, reasoning), tone)
+    tell_opening(tale, draw_scenes(tale, True, context, reasoning))
     tale.follow(plot["cast"])
     friend_is_there = tale.roles["b"].forms[""] in tale.mentions  # in some plots, b comes later
     outcome = ""  # of an omen
@@ -548,7 +543,7 @@ def tell_story(rng, size="large", facts=1.0, context=1.0, reasoning=1.0):
     for _ in range(tale.number(0.9 * facts)):
         tale.fact()
     if friend_is_there:
-        tell_scenes(tale, draw_scenes(tale, False, context, reasoning), tone)
+        tell_scenes(tale, draw_scenes(tale, False, context, reasoning))
     tale.say("/")
     tale.follow(plot["plot"])
     tale.say("/")
@@ -567,11 +562,11 @@ def draw_scenes(tale, home, context, reasoning):
     return tale.shuffle(scenes, len(scenes))
 
 
-def tell_scenes(tale, scenes, tone):
+def tell_scenes(tale, scenes):
     """Tell them, each with roles of its own. The last one that has an "end" is kept for the end of the story."""
     lines, roles = tale.lines, tale.roles
     for scene in scenes:
-        tale.lines, tale.roles = scene[tone], dict(roles)
+        tale.lines, tale.roles = scene["lines"], dict(roles)
         tale.follow(scene["plot"])
         tale.say("/")
         if "end" in tale.lines:
@@ -579,11 +574,11 @@ def tell_scenes(tale, scenes, tone):
     tale.lines, tale.roles = lines, roles
 
 
-def tell_opening(tale, scenes, tone):
+def tell_opening(tale, scenes):
     """Who the story is about, the scenes at home, and the way out."""
     if scenes:
         tale.say("open", "/")
-        tell_scenes(tale, scenes, tone)
+        tell_scenes(tale, scenes)
         tale.say("go-out")
         return
     tale.say(tale.choose(("open", "open-out")))

@@ -25,7 +25,7 @@ import lesson  # noqa: E402
 # Added to the lesson's own options, so that a stage takes a second. Of two options of one name, the last counts.
 SMALL = {
     "lab.world": ["--n=300"],
-    "train.py": ["--batch_tokens=256", "--compile=False", "--dtype=float32", "--device=cpu"],
+    "train.py": ["--batch_tokens=512", "--compile=False", "--dtype=float32", "--device=cpu"],
     "eval.py": ["--probes=probes.json", "--spans=1", "--device=cpu"],
     "lab.completions": ["--each=1", "--max_tokens=5", "--device=cpu"],
     "lab.interpret": ["--stories=10", "--device=cpu"],
@@ -119,6 +119,19 @@ def test_lesson_10_compares_corpora_with_and_without_random_words(classroom, mon
     assert asked == {"varied": "False", "naive": "True"}
     table = capsys.readouterr().out
     assert "data/world/stories.jsonl" in table and "data/naive/stories.jsonl" in table
+
+
+def test_part_2_of_lesson_10_learns_from_what_a_model_wrote(classroom, monkeypatch, capsys):
+    def write(model, encoding, prompt, max_tokens, seeds, **settings):
+        asked.append(prompt)
+        return [encoding.encode_ordinary(prompt + record["story"]) for record in make_stories(2, seed=len(asked))]
+    asked, lesson_10 = [], importlib.import_module("10_writer")
+    monkeypatch.setattr(lesson_10, "write_stories", write)
+    lesson_10.main(["--seeds=1", "--max_steps=1"])
+    results = json.loads(Path("out/quick/from-varied-1/eval.json").read_text(encoding="utf-8"))
+    assert results["model"]["step"] == 1 and "loss on tinystories" in results
+    assert len(set(asked[:40])) == 40 and set(asked[40:]) == {"Story:\n"}  # random words for each, or for none
+    assert "requested words used" in capsys.readouterr().out
 
 
 def test_words_swapped_in_lesson_12_are_swapped_back_and_stay_where_their_spans_are():

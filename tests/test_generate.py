@@ -45,7 +45,7 @@ def good(prompt):
 
 def fault(status, message="try later", **headers):
     """An answer that the client should retry (at once, unless told otherwise) or give up on."""
-    headers = {"retry-after-ms": "1", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    headers = {"retry-after": "0.001", **{name.replace("_", "-"): value for name, value in headers.items()}}
     return status, headers, json.dumps({"error": {"message": message, "code": message}})
 
 
@@ -240,9 +240,9 @@ CAT = "A cat sat.\n\nIt slept."
     'Here is a story using the words "jump", "dog" and "red":\n\n', "Certainly, here is your story.\n\n",
     "Here is a story that a 3-year-old can understand:\n\n**The Cat**\n\n", "I have written a story for you:\n",
     "Great! Here is the story you asked for:\n\n", "I'd love to help! Here's a story:\n\n",
-    "Final answer: ", "What a fun set of words! Here we go:\n\n", "Let's begin!\n\n", "Here is the story.\n\n",
+    "Final answer: ", "Let's begin!\n\n", "Here is the story.\n\n",
     "Absolutely! I'd love to write that.\n\n", "Certainly! Below you'll find the story.\n\n", "*The Cat*\n\n",
-    "Here's your story! 😊\n\n", "Voici une histoire :\n\n", "好的，这是一个故事：\n\n",
+    "Here's your story! 😊\n\n",
     # thoughts
     "<think>\nSummary: I need a cat.\n</think>\n", "I need a cat.\n</think>\n\n",
     "<think>a</think>Sure!\n<think></think>", "<unused94>thought\n<unused95>",
@@ -259,8 +259,7 @@ CAT = "A cat sat.\n\nIt slept."
     '\n\nNote: I used the words "jump" and "dog".', "\n\n**Words used:** jump, dog",
     "\nFeel free to ask for more. Bye!",
     "\n\nIs there anything else I can help with?", "\n\nIf you'd like another story, just ask!", "\n\n</story>",
-    "\n\nI hope this helps!", "\n\nHappy reading!", "\n\nWant another story?", "\n\nTL;DR: a cat ran.",
-    "\n\nI kept the words simple, so a 3-year-old can follow.",
+    "\n\nI hope this helps!", "\n\nHappy reading!", "\n\nWant another story?",
     "\n\n(This story uses the words jump and dog.)\n\nDo you want me to write one more?")])
 def test_thoughts_and_small_talk_never_reach_the_corpus(before, after):
     assert generate.split_answer(before + CAT + after) == (CAT, "")
@@ -287,7 +286,7 @@ def test_a_summary_may_speak_of_the_story():
 @pytest.mark.parametrize("thought", [
     "Let me think. The words are jump, dog and red.", "First, I need to use the word jump.", "Hmm, a dog.", "Draft 1:",
     "Thought: a dog.", "Reasoning: a dog is good.", "Thinking Process:\n\n1. A dog.", "Thinking...\nA dog.",
-    "Zo\ufffd ran."])
+    "Zo\ufffd ran.", "What a fun set of words! Here we go:", "TL;DR: a cat ran.", "I kept the words simple."])
 def test_an_answer_that_thinks_aloud_is_rejected(thought):
     story, _ = generate.split_answer(f"{thought}\n\n{'There was a cat. ' * 20}")
     assert generate.why_rejected(story, ask.Answer("writer", {}, finish="stop"), [], set())
@@ -307,7 +306,9 @@ def test_an_answer_that_thinks_aloud_is_rejected(thought):
     'Tom said, "I can tell you another story."', "He ran.\n\nLet me know if you see the bear, said Mia. They slept.",
     "He ran.\nWould you like another one? No, said Mia.",
     "He ran.\nI hope you enjoy the story, said Grandma, and she closed the book.",
-    "They hoped the story would go on.", "A heart <3 is red."])
+    "They hoped the story would go on.", "A heart <3 is red.", "If you look up, I can show you the star.",
+    "This is the story of a 3-year-old girl. She ran.",
+    "Let me tell you the story of how your dad met a bear. He ran."])
 def test_a_real_story_is_not_cut(story):
     assert generate.split_answer(story) == (story, "")
     assert generate.split_answer(f"**Story:** {story}\n\nSummary: It ran.") == (story, "It ran.")
@@ -386,7 +387,7 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
 
 def test_usage_in_any_form_does_not_lose_the_answer():
     def behave(prompt, times):
-        usage = ({"prompt_tokens": "10", "completion_tokens": "12"}, [1, 2], {"prompt_tokens": None})[times % 3]
+        usage = ({"prompt_tokens": "10", "completion_tokens": "12"}, None, {"prompt_tokens": None})[times % 3]
         return {**good(prompt), "usage": usage}
     with Server(behave) as server:
         run(server, "--n=3", "--concurrency=1")
@@ -406,7 +407,7 @@ def test_faults_that_pass_cost_nothing_but_time():
         if times == 1:
             time.sleep(0.05 * random.random())
             return next(faults)
-    faults = itertools.cycle([fault(429), fault(500), fault(503), fault(408), (502, {"retry-after-ms": "1"}, "")])
+    faults = itertools.cycle([fault(429), fault(500), fault(503), fault(408), (502, {"retry-after": "0.001"}, "")])
     with Server(misbehave) as server:
         run(server, "--n=20", "--concurrency=3")
     assert indices() == list(range(20)) and lines("rejected") == []
@@ -417,7 +418,7 @@ def test_faults_that_pass_cost_nothing_but_time():
 def test_retry_after_is_honored():
     times = []
     with Server(lambda prompt, n: times.append(time.time()) or (
-            fault(429, retry_after="1", retry_after_ms="") if n == 1 else None)) as server:
+            fault(429, retry_after="1") if n == 1 else None)) as server:
         run(server, "--n=1")
     assert len(times) == 2 and times[1] - times[0] >= 1
 
@@ -756,7 +757,7 @@ def test_a_server_that_answers_one_at_a_time_is_not_overrun(monkeypatch):
 
 
 def test_a_long_retry_after_ends_the_run_and_says_so():
-    with Server(lambda prompt, times: fault(429, retry_after="86400", retry_after_ms="")) as server:
+    with Server(lambda prompt, times: fault(429, retry_after="86400")) as server:
         assert "86,400 seconds" in refused(server, "--n=1") and len(server.requests) == 1
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -825,8 +826,8 @@ def test_a_setting_that_brought_nothing_yet_may_be_mended():
 def test_two_runs_on_one_corpus_are_refused():
     with Server() as server:
         run(server, "--n=2")
-        script = ("from common.files import lock\nfile = lock('data/tales/generate.lock')\nprint('locked', flush=True)\n"
-                  "input()")
+        script = ("from common.files import lock\nfile = lock('data/tales/generate.lock')\n"
+                  "print('locked', flush=True)\ninput()")
         other = subprocess.Popen([sys.executable, "-c", script], text=True, stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
         assert other.stdout.readline() == "locked\n"
@@ -843,7 +844,7 @@ def start(server, *options, **more):
 @pytest.mark.parametrize("log", [{}, {"OPENAI_LOG": "debug"}])
 def test_the_key_is_nowhere(log):
     """Not on the terminal, and (see `workplace`) in no file, even where the server repeats it."""
-    happens = iter([None, answer("No."), (500, {"retry-after-ms": "1"}, f"<html>{KEY}</html>"), None,
+    happens = iter([None, answer("No."), (500, {"retry-after": "0.001"}, f"<html>{KEY}</html>"), None,
                     (200, {}, f'{{"error": "{KEY}"'), None,
                     fault(401, f"Incorrect API key provided: {KEY}")])
     with Server(lambda prompt, times: next(happens)) as server:

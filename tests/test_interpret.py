@@ -74,9 +74,8 @@ def test_nothing_is_ablated_outside_the_with_block():
 def test_each_head_and_layer_is_ablated_once(monkeypatch):
     model, idx = make_model(), tokens(1, 20)
     monkeypatch.setattr(interpret, "evaluate", lambda model, *_: {"val_loss": model(idx)})
-    monkeypatch.setattr(interpret, "passes", lambda *_: np.array([True, False]))
-    probes = [{"skill": "fact"}, {"skill": "fact"}]
-    records = interpret.study_ablations(model, None, "any", 1, probes)
+    monkeypatch.setattr(interpret, "skill_accuracy", lambda *_: {"fact": 0.5})
+    records = interpret.study_ablations(model, None, "any", 1, [])
     logits = {(record["layer"], record["head"]): record["loss"] for record in records}
     assert len(records) == len(logits) == 1 + 3 * (4 + 1) and all(record["fact"] == 0.5 for record in records)
     assert torch.equal(records[0]["loss"], model(idx)) and (None, None) in logits

@@ -276,7 +276,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(in_prepared):
         run("nan", "--max_steps=50", "--optimizer=adamw", "--lr=1e30", "--warmup=0.001")
 
 
-def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
+def test_a_signal_in_the_last_step_ends_the_run_without_scoring(in_prepared, monkeypatch, capsys):
+    def stop_at_3(*args, real=train.lr_multiplier, calls=[]):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(train, "lr_multiplier", stop_at_3)
+    run("last", "--max_steps=3")
+    assert "stopped at step 3 and saved" in capsys.readouterr().out and not any("final" in line for line in read_log("last"))
+    run("last", "--max_steps=3", "--resume")
+    assert read_log("last")[-1]["final"]
+
+
+def test_spoiled_weights_are_never_kept_or_replace_a_checkpoint(in_prepared, monkeypatch):
     """A gradient that is not finite spoils the weights in a step whose own loss is still good."""
     run("spoiled", "--max_steps=4", "--clip=0.5")
     real, calls = torch.nn.utils.clip_grad_norm_, []
@@ -291,6 +304,10 @@ def test_spoiled_weights_never_replace_a_checkpoint(in_prepared, monkeypatch):
     with pytest.raises(SystemExit, match="at step 8; the last checkpoint stays"):
         run("spoiled", "--max_steps=8", "--clip=0.5", "--resume")
     assert all(p.isfinite().all() for p in load_checkpoint("out/spoiled")["model"].values())
+    calls.clear()
+    with pytest.raises(SystemExit, match="at step 4"):
+        run("spoiled-2", "--max_steps=8", "--clip=0.5", "--keep=log", "--log_interval=100")
+    assert not os.path.exists("out/spoiled-2/ckpt-0000004.pt")
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -461,8 +478,10 @@ def test_a_warm_run_goes_on_when_the_old_one_is_gone(in_prepared):
     run("cold", "--max_steps=3")
     run("warmed", "--max_steps=2", "--init_from=out/cold")
     shutil.rmtree("out/cold")
-    run("warmed", "--max_steps=4", "--init_from=out/cold", "--resume")
-    assert load_checkpoint("out/warmed")["step"] == 4
+    for steps, options in ((4, ["--init_from=out/cold"]), (6, [])):
+        run("warmed", f"--max_steps={steps}", "--resume", *options)
+        checkpoint = load_checkpoint("out/warmed")
+        assert checkpoint["step"] == steps and checkpoint["args"]["init_from"] == "out/cold"
 
 
 def test_new_embeddings_are_spread_as_asked(in_prepared):
@@ -554,7 +573,8 @@ def test_the_world_is_made_where_it_is_missing(workplace, monkeypatch, capsys):
     ("cpu", ["--max_tokens=500000000"], 4096), ("cuda", [], 4096), ("cuda", ["--max_tokens=20000000"], 8192),
     ("cuda", ["--max_tokens=470000000"], 32768), ("cuda", ["--max_tokens=5000000000"], 65536),
     ("cuda", ["--max_tokens=1000"], 4096), ("cuda", ["--max_minutes=60"], 16384), ("cuda", ["--max_minutes=1"], 4096),
-    ("cuda", ["--max_steps=100"], 4096)])
+    ("cuda", ["--max_steps=100"], 4096), ("cpu", ["--block_size=8192"], 8192),
+    ("cuda", ["--block_size=8192", "--max_minutes=1"], 8192)])
 def test_a_long_run_on_a_gpu_takes_larger_steps(device, options, expected):
     args = train.command_line().parse_args(options)
     tokens = args.max_tokens or 5_000_000
@@ -608,24 +628,6 @@ def test_a_computer_with_little_memory_takes_small_micro_batches(monkeypatch):
     for gigabytes, rows in ((64, 32), (4, 16), (0.1, 1), (math.inf, 32)):
         monkeypatch.setattr(fit, "usable_memory", lambda: gigabytes * 2**30)
         assert train.max_micro_batch(run) == rows
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_within_the_run_says_how_to_go_on(in_prepared, monkeypatch, error):
-    """The command that it names works: before the first checkpoint there is nothing to resume."""
-    def update_weights(run, real=train.update_weights):
-        if run.step == 2:
-            raise error
-        return real(run)
-    monkeypatch.setattr(train, "update_weights", update_weights)
-    out = f"full-{type(error).__name__}"
-    with pytest.raises(SystemExit, match="(?<!--resume )--batch_size=4"):
-        run(out, "--max_steps=6", "--evals=1")
-    with pytest.raises(SystemExit, match="--resume --batch_size=4"):
-        run(out, "--max_steps=4", "--evals=4")
-    with pytest.raises(SystemExit, match="--block_size"):
-        run(out, "--max_steps=4", "--evals=4", "--resume", "--batch_size=1")
 
 
 def test_other_errors_within_the_run_are_not_called_out_of_memory(in_prepared, monkeypatch):
