@@ -8,6 +8,7 @@ import torch
 
 import sample
 import train
+from common.runs import load_run
 from lab.contenders import our_model, shape_of
 from model import make_optimizers
 
@@ -83,7 +84,7 @@ def turing(*options):
 
 def speed_of_sampling(run, device, streams, dtype):
     """Three rounds of 200 tokens, since the first one records the CUDA graphs."""
-    model = sample.load_run(run, device)[0].to(getattr(torch, dtype))
+    model = load_run(run, device)[0].to(getattr(torch, dtype))
     for number in range(3):
         started = time.perf_counter()
         list(sample.generate(model, [0], 200, range(int(streams)), -1))

@@ -44,7 +44,7 @@ def test_a_gpu_reads_a_run_as_the_cpu_does(run, in_prepared, capsys):
         eval.main([copy, f"--device={device}", "--only=loss"])
         interpret.main([copy, "--stories=30", f"--device={device}"])
         graded, inside = (json.loads(Path(copy, name).read_text()) for name in ("eval.json", "interpret.json"))
-        found.append((told, graded["loss on tiny"]["val_bpb"][0], inside["loss"]))
+        found.append((told, graded["loss on tiny"]["val_bpb"][0], inside["ablations"][0]["loss"]))
         capsys.readouterr()
     here, there = found
     assert len(here[0]) > 40 and here[0] == there[0]
