@@ -12,7 +12,8 @@ from lesson import command_line, prepare, run_main, train, write_world
 from common.device import pick_device
 from common.results import load_subject
 from eval import pass_rates, passes, read_spans
-from lab.interpret import ablate_head, ablate_neurons, logit_lens, projections
+from lab.inside import ablate_head, ablate_neurons, projections
+from lab.interpret import logit_lens
 
 N_CHOSEN = 10  # neurons ablated together
 

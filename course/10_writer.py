@@ -1,9 +1,9 @@
 """Lesson 10, part 2: does a corpus become diverse by random words, and is a model that learns from it better?
 
 The writer is a model of your own that follows instructions: it learns on real stories, labelled by rule, for an hour.
-It writes 500 stories each way: `naive`, all with the same empty instruction, and `varied`, with three random words for
-each, where the best of sixteen counts. Then a small model learns from either corpus, and from 500 real stories, and is
-graded on real stories.
+It writes 500 stories each way: `own-naive`, all with the same empty instruction, and `own-varied`, with three words for
+each, drawn at random, where the best of sixteen counts. Then a small model learns from either corpus, and from as many
+real stories, and is graded on real stories.
 """
 import json
 import os
@@ -51,17 +51,17 @@ def main(argv=None):
     n_stories = 40 if args.max_steps else N_STORIES
 
     words = [{"words": ", ".join(triple)} for triple, _ in plans(n_stories, 1, load_words(WORDS_FILE))]
-    files = [write_corpus("varied", writer, words, BEST_OF), write_corpus("naive", writer, [{}] * n_stories, 1)]
+    files = [write_corpus("own-varied", writer, words, BEST_OF), write_corpus("own-naive", writer, [{}] * n_stories, 1)]
     run("lab.corpus", *files)
 
-    prepare("real", input="data/tinystories", tokenizer="tinystories", max_stories=n_stories * 9 // 10)
+    prepare("own-real", input="data/tinystories", tokenizer="tinystories", max_stories=n_stories * 9 // 10)
     runs = []
     for seed in args.seeds:
         for name in ("naive", "varied", "real"):
             # an untrained writer, as in a quick look, writes no whole story
-            prepare(name, tokenizer="tinystories", val_fraction=0.1, clean=not args.max_steps)
-            runs.append(train(f"out/from-{name}-{seed}", dataset=name, n_embd=64, max_tokens=1_000_000, seed=seed,
-                              max_steps=args.max_steps, evals=0))
+            prepare(f"own-{name}", tokenizer="tinystories", val_fraction=0.1, clean=not args.max_steps)
+            runs.append(train(f"out/from-{name}-{seed}", dataset=f"own-{name}", n_embd=64, max_tokens=1_000_000,
+                              seed=seed, max_steps=args.max_steps, evals=0))
     grade(runs, dataset="tinystories", only="loss")
 
 

@@ -11,7 +11,7 @@ import re
 from lesson import command_line, grade, prepare, run_main, train, write_world
 
 from common.files import atomic_write
-from lab.world import LISTS, VOCABULARY, WORDS, article, forms_of
+from lab.telling import LISTS, VOCABULARY, WORDS, article, forms_of
 
 MODEL = {"n_layer": 4, "n_embd": 64}
 

@@ -14,8 +14,9 @@ from common.runs import load_run
 from common.tokenizer import load_tokenizer
 from conftest import make_stories, write_jsonl
 from eval import evaluate
-from lab import interpret
-from lab.interpret import CAPITAL, FIRST, KINDS, LATER, NOUN, Story
+from lab import inside, interpret
+from lab.heads import find_targets, head_type, study_heads
+from lab.inside import CAPITAL, FIRST, KINDS, LATER, NOUN, Story
 from model import alibi_slopes
 from prepare import main as prepare
 from test_model import POSITIONS, make_model as make_any_model, tokens
@@ -38,7 +39,7 @@ def make_tensors(ids, kind=None, role=None):
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_the_captured_attention_gives_the_models_logits(pos, monkeypatch):
     model, idx = make_any_model(pos=pos), tokens(1, 32)
-    plain, captured = model(idx), interpret.attention_logits(model, idx[0])
+    plain, captured = model(idx), inside.attention_logits(model, idx[0])
     assert captured.shape == (3, 4, 32, 32)
     layers = iter(captured)
     monkeypatch.setattr(architecture, "attend", lambda q, k, v, mask: next(layers).softmax(-1) @ v)
@@ -51,10 +52,10 @@ def test_ablation_equals_removing_weights_and_ends():
         model, cut = make_model(), make_model()
         projection = getattr(model.blocks[1], part).proj
         getattr(cut.blocks[1], part).proj.weight.data[:, columns] = 0
-        with interpret.ablate(projection, columns):
+        with inside.ablate(projection, columns):
             assert torch.allclose(model(idx), cut(idx), atol=1e-5)
         assert torch.equal(model(idx), plain) and (cut(idx) - plain).abs().max() > 1e-2
-        with interpret.ablate(projection, columns, where=torch.arange(20) >= 12):
+        with inside.ablate(projection, columns, where=torch.arange(20) >= 12):
             later = model(idx)
         assert torch.allclose(later[:, :12], plain[:, :12], atol=1e-5)
         assert (later[:, 12:] - plain[:, 12:]).abs().max() > 1e-2
@@ -63,7 +64,7 @@ def test_ablation_equals_removing_weights_and_ends():
 def test_nothing_is_ablated_outside_the_with_block():
     model, idx = make_any_model(), tokens(1, 20)
     intact = model(idx)
-    head, neurons = interpret.ablate_head(model, 1, 2), interpret.ablate_neurons(model, [(0, 9), (2, 5)])
+    head, neurons = inside.ablate_head(model, 1, 2), inside.ablate_neurons(model, [(0, 9), (2, 5)])
     assert torch.equal(model(idx), intact)
     for ablation in (head, neurons):
         with ablation:
@@ -95,11 +96,11 @@ def test_another_activation_is_followed(monkeypatch):
     """GELU in place of the squared ReLU: neurons and their ablation are those of the changed network."""
     monkeypatch.setattr(architecture.MLP, "forward", lambda mlp, x: mlp.proj(torch.nn.functional.gelu(mlp.fc(x))))
     model, idx = make_model(), tokens(20, 32)
-    plain, (_, inputs) = model(idx), interpret.observe(model, [model.blocks[0].mlp.proj], idx[0])
+    plain, (_, inputs) = model(idx), inside.observe(model, [model.blocks[0].mlp.proj], idx[0])
     assert inputs[0].shape == (32, 128) and inputs[0].min() < 0  # which a squared ReLU never is
     cut = make_model()
     cut.blocks[0].mlp.proj.weight.data[:, 9] = 0
-    with interpret.ablate(model.blocks[0].mlp.proj, 9):
+    with inside.ablate(model.blocks[0].mlp.proj, 9):
         assert torch.allclose(model(idx), cut(idx), atol=1e-5)
     assert not torch.allclose(plain, cut(idx), atol=1e-5)
 
@@ -113,10 +114,10 @@ def test_a_model_that_renames_or_avoids_attend_is_refused(monkeypatch):
         return attn.proj(attend(q, k, v, mask).transpose(1, 2).reshape(x.shape))
     monkeypatch.setattr(architecture.Attention, "forward", forward)
     with pytest.raises(SystemExit, match="called attend"):
-        interpret.study_heads(model, stories)
+        study_heads(model, stories)
     monkeypatch.delattr(architecture, "attend")
     with pytest.raises(SystemExit, match="called attend"):
-        interpret.study_heads(model, stories)
+        study_heads(model, stories)
 
 
 def test_a_model_with_another_attention_is_refused(monkeypatch):
@@ -124,7 +125,7 @@ def test_a_model_with_another_attention_is_refused(monkeypatch):
     plain = architecture.attend
     monkeypatch.setattr(architecture, "attend", lambda q, k, v, mask: plain(3 * q, k, v, mask))
     with pytest.raises(SystemExit, match="attention_logits"):
-        interpret.study_heads(model, stories)
+        study_heads(model, stories)
     assert len(model(stories[0].ids[None])) == 1  # and all is as it was before
 
 
@@ -171,7 +172,7 @@ def test_a_head_that_looks_three_back_is_a_distance_head():
     model.pos_embed.weight.data = torch.eye(32)
     model.blocks[0].attn.k.weight.data = torch.eye(32)
     model.blocks[0].attn.q.weight.data = torch.eye(32).roll(-3, 0).triu()
-    head, = interpret.study_heads(model, make_tensors(tokens(40, 32)))
+    head, = study_heads(model, make_tensors(tokens(40, 32)))
     assert head["type"] == "distance"
     assert head["distance"] == pytest.approx(1, abs=1e-4) and head["words"] < 0.1
     assert head["decay"] == pytest.approx(-np.polyfit(np.arange(13), [32**0.5] + [0] * 12, 1)[0], rel=1e-3)
@@ -184,7 +185,7 @@ def test_a_head_that_looks_three_back_is_a_distance_head():
 def test_the_decay_of_alibi_alone_is_its_slope():
     model = make_model(pos="alibi", smear=False, n_layer=1)
     model.blocks[0].attn.q.weight.data.zero_()
-    heads = interpret.study_heads(model, make_tensors(tokens(20, 32)))
+    heads = study_heads(model, make_tensors(tokens(20, 32)))
     assert [head["decay"] for head in heads] == pytest.approx(alibi_slopes(4).tolist(), rel=1e-3)
     assert all(head["type"] == "distance" and head["distance"] > 0.999 for head in heads)
 
@@ -196,10 +197,10 @@ def test_a_head_that_looks_at_one_token_looks_by_words():
     model.blocks[0].attn.k.weight.data = torch.eye(16)
     model.blocks[0].attn.q.weight.data = torch.eye(16)[5][:, None].expand(16, 16).clone()
     ids = tokens(60, 32) % 16
-    head, = interpret.study_heads(model, make_tensors(ids, role=(ids == 5) * LATER))
+    head, = study_heads(model, make_tensors(ids, role=(ids == 5) * LATER))
     assert head["type"] == "words" and head["words"] > 0.9 and abs(head["distance"]) < 0.05
     assert head["main character / share"] > 5
-    assert interpret.head_type({"distance": 0.3, "words": 0.25}) == "mixed"
+    assert head_type({"distance": 0.3, "words": 0.25}) == "mixed"
 
 
 def test_targets_are_earlier_tokens_of_each_kind():
@@ -209,7 +210,7 @@ def test_targets_are_earlier_tokens_of_each_kind():
     ids = torch.tensor([start, the, red, ball, fell, dot, a, ball])
     kind = torch.tensor([0, 1, 4, NOUN, 3, 0, 1, NOUN])
     role = torch.tensor([0, CAPITAL, 0, FIRST, 0, 0, 0, LATER])
-    targets = interpret.find_targets(Story(ids, kind, role, texts))
+    targets = find_targets(Story(ids, kind, role, texts))
     pairs = {name: set(map(tuple, target.nonzero().tolist())) for name, target in targets.items()}
     assert pairs["own noun"] == {(6, 3)}
     assert pairs["main character"] == {(4, 3), (5, 3), (6, 3), (7, 3)}
@@ -284,7 +285,7 @@ def test_a_neuron_can_be_ablated_at_the_first_mention_alone():
     model, stories = plant_main_character(layer=0)
     ids = torch.stack([story.ids for story in stories])
     later = torch.stack([story.role[1:] for story in stories]) == LATER
-    with interpret.ablate(model.blocks[0].mlp.proj, 33, torch.arange(31) == 6):
+    with inside.ablate(model.blocks[0].mlp.proj, 33, torch.arange(31) == 6):
         ablated = model(ids[:, :-1], ids[:, 1:])
     rise = (ablated - model(ids[:, :-1], ids[:, 1:]))[later].mean().item()
     assert abs(rise) > 1e-3
@@ -300,7 +301,7 @@ def test_words_get_kinds_and_the_main_character_its_role(in_prepared):
     encoding = load_tokenizer("tiny")
     text = "Once upon a time Lily saw a red ball. Mom called. “Yes,” said Lily. Then Lily and Tim went to Ben."
     lists = [encoding.encode_ordinary(story) for story in [text] * 3 + ["He saw a ball."]]
-    stories = interpret.read_stories(lists, encoding, 64)
+    stories = inside.read_stories(lists, encoding, 64)
     assert [len(story.ids) for story in stories] == sorted(len(ids) + 1 for ids in lists)
     story = stories[-1]
     assert story.ids.shape == story.kind.shape == story.role.shape == (len(story.texts),)
@@ -323,7 +324,7 @@ def test_stories_are_read_wherever_the_context_cuts_them(in_prepared):
     text = "🙂 They saw Robo1 run, and Robo1 ran by a café 🙂."
     ids = encoding.encode_ordinary(text)
     for size in range(2, len(ids) + 2):
-        story, = interpret.read_stories([ids], encoding, size)
+        story, = inside.read_stories([ids], encoding, size)
         assert story.ids.tolist() == [encoding.eot_token, *ids[:size - 1]] and len(story.texts) == size
         assert text.startswith("".join(story.texts))
     assert "".join(story.texts) == text and FIRST in story.role
@@ -331,7 +332,7 @@ def test_stories_are_read_wherever_the_context_cuts_them(in_prepared):
 
 def test_of_equally_frequent_names_the_first_is_the_main_character():
     names, text = {"Tim", "Sara", "Ben"}, "So Sara saw Ben, and Ben saw Sara. Then Tim left."
-    _, roles = interpret.label_characters(text, names, {})
+    _, roles = inside.label_characters(text, names, {})
     assert roles[1 + text.index("Sara")] == FIRST and roles[1 + text.index("Ben")] == CAPITAL
 
 

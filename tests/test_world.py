@@ -12,6 +12,8 @@ from common.records import fingerprint
 from conftest import error_of
 from generate import FEATURES
 from lab import world
+from lab.tale import STEPS
+from lab.telling import LISTS, VOCABULARY, WORDS, Pair, Role, article, forms_of, parse
 
 NUMBERS = {word: n for n, word in enumerate("none one two three four five six seven eight nine ten".split())}
 CONTEXT = ["who", "what", "where"]
@@ -76,8 +78,8 @@ def test_words_and_features_are_really_there(sample):
         text = record["story"].lower()
         assert len(record["words"]) == 3
         for word, part in zip(record["words"], ("verbs", "nouns", "adjectives")):
-            assert word in world.VOCABULARY[part]
-            forms = "|".join(re.escape(form.lower()) for form in world.forms_of(word).values())
+            assert word in VOCABULARY[part]
+            forms = "|".join(re.escape(form.lower()) for form in forms_of(word).values())
             assert re.search(rf"\b({forms})\b", text), record
         assert ("dialogue" in record["features"]) == ('"' in record["story"])
         features_of_plot[record["plot"]].update(record["features"])
@@ -92,9 +94,9 @@ def test_articles(sample):
     like_you, silent = ("unicorn", "uniform", "useful"), ("hour", "honest")
     articles = [pair for record in sample for pair in re.findall(r"\b([Aa]n?) ([A-Za-z]+)", record["story"])]
     assert len(articles) > 10000
-    for article, word in articles:
+    for found, word in articles:
         vowel = word[0].lower() in "aeiou" and not word.startswith(like_you) or word.startswith(silent)
-        assert (article.lower() == "an") == vowel, f"{article} {word}"
+        assert (found.lower() == "an") == vowel, f"{found} {word}"
 
 
 def test_agreement_and_tense(sample):
@@ -114,7 +116,7 @@ def test_agreement_and_tense(sample):
     ("an", {"owl": "an owl", "hour": "an hour", "unicorn": "a unicorn", "toy store": "a toy store"}),
     ("in", {"park": "in the park", "zoo": "at the zoo"})])
 def test_forms(form, expected):
-    assert {word: world.forms_of(word)[form] for word in expected} == expected
+    assert {word: forms_of(word)[form] for word in expected} == expected
 
 
 def test_where_all_are_female_nobody_is_called_he():
@@ -142,13 +144,13 @@ def test_the_record_at_the_top_of_the_file_is_real():
 
 
 def test_a_telling_has_a_wording_for_each_choice_and_parts_to_fill_in():
-    assert world.parse("[So|And] {a} <went|go>.") == [
-        [first, world.Role(["a"], "", "reasoning", "", [""], False), " ", world.Pair("went", "go", ["go"]), "."]
+    assert parse("[So|And] {a} <went|go>.") == [
+        [first, Role(["a"], "", "reasoning", "", [""], False), " ", Pair("went", "go", ["go"]), "."]
         for first in ("So ", "And ")]
-    role, = world.parse("{x_place.in!where/y_place}")[0]
-    assert role == world.Role(["x", "place"], "in", "context", "where", ["y", "place"], True)
-    word = world.parse("The {@toys.s}")[0][1]
-    assert (word.words, word.form, word.word_class, word.capital) == (world.LISTS["toys"], "s", "nouns", False)
+    role, = parse("{x_place.in!where/y_place}")[0]
+    assert role == Role(["x", "place"], "in", "context", "where", ["y", "place"], True)
+    word = parse("The {@toys.s}")[0][1]
+    assert (word.words, word.form, word.word_class, word.capital) == (LISTS["toys"], "s", "nouns", False)
 
 
 def test_a_small_plot_does_what_the_top_of_the_file_says():
@@ -158,7 +160,7 @@ def test_a_small_plot_does_what_the_top_of_the_file_says():
                   "then": ["{a*} <took|take> {y!exclusion/w}."]}
     tale.follow(["things x,y toys", "mix p1,p2 x,y", "say likes / no", {"1": ["mix y,w y,x 1"]}, "say then", "own y a"])
     name, x, y = (tale.roles[role].forms[""] for role in "axy")
-    assert tale.text.endswith(f"?\nNot {world.article(x)} {x}. {name} took {y}. ")
+    assert tale.text.endswith(f"?\nNot {article(x)} {x}. {name} took {y}. ")
     grammar, answer = tale.spans[-2:]
     assert tale.text[grammar["start"]:grammar["end"]] == "took" and grammar["wrong"] == "take"
     assert tale.text[answer["start"]:answer["end"]] == y
@@ -172,9 +174,8 @@ def test_an_entity_keeps_its_adjective():
     for telling in ("{x.an}", "{x.a}", "{x.full}", "{x.a}"):
         tale.tell(telling)
     word, adjective = tale.roles["x"].forms[""], tale.used["adjectives"][0]
-    bare_article, article = world.article(word), world.article(adjective)
-    assert tale.text.lower() == (f"{bare_article} {word} {article} {adjective} {word} {adjective} {word} "
-                                 f"{article} {adjective} {word} ")
+    full = f"{article(adjective)} {adjective} {word}"
+    assert tale.text.lower() == f"{article(word)} {word} {full} {adjective} {word} {full} "
 
 
 def test_nobody_gives_what_they_do_not_have(monkeypatch):
@@ -185,7 +186,7 @@ def test_nobody_gives_what_they_do_not_have(monkeypatch):
         tale.give(thing, giver, taker)
         assert tale.roles[thing].owner is tale.roles[taker] and tale.roles[thing] not in tale.roles[giver].has
         given.append(thing)
-    monkeypatch.setitem(world.STEPS, "give", give)
+    monkeypatch.setitem(STEPS, "give", give)
     for tale in stories_told(1500):
         for entity in tale.roles.values():
             assert all(thing.owner is entity for thing in entity.has)
@@ -221,7 +222,7 @@ def test_spans_point_at_words(sample):
 
 
 def test_wrong_facts_are_wrong():
-    for table in world.WORDS["facts"].values():
+    for table in WORDS["facts"].values():
         assert len(set(table.values())) == len(table) > 3
 
 
@@ -292,12 +293,12 @@ LOSER_AFTER = "^ watched|^ waited|^ was .* for a while|^ said and shook hands"
 
 def comparisons(before, candidates, people):
     """[(winner, loser), …] in the order of the text; None for who is not among the candidates."""
-    wins, loses = zip(*[row[1:] for row in world.WORDS["deeds"]])
+    wins, loses = zip(*[row[1:] for row in WORDS["deeds"]])
     wins, loses = [*wins, "'s plant grew higher than"], [*loses, "'s plant stayed below"]
     if people:
         wins, loses = wins + WINS, loses + LOSES
     else:
-        more, less = zip(*[row[:2] for row in world.WORDS["measures"]])
+        more, less = zip(*[row[:2] for row in WORDS["measures"]])
         wins, loses = wins + list(more), loses + list(less)
     found = []
     for phrases, forward in ((wins, True), (loses, False)):
@@ -313,7 +314,7 @@ def comparisons(before, candidates, people):
 def test_comparison_follows_from_the_text(sample):
     for story, span, before, right in spans(sample, "comparison"):
         text, after = near(story, span)
-        people = right in world.LISTS["names"] + world.LISTS["animal names"]
+        people = right in LISTS["names"] + LISTS["animal names"]
         pairs = comparisons(before[-600:], [bare(right), bare(span["wrong"])], people)
         wins = {pairs[-1][0]}
         if "Their friend" in "".join(before.split("\n")[-2:]):  # a chain of three
@@ -338,7 +339,7 @@ def rule_of(before):
         r"[Ii]f ([a-z ]+), (?:let us take |we will take )?the ([\w -]+?)[.,]", before)]
     take += [(match.start(), match[2], match[1]) for match in re.finditer(
         r"the ([\w -]+?) if ([a-z ]+?)[.,]", before)]
-    cases = {case for row in world.WORDS["signs"] for case in row[:2]}
+    cases = {case for row in WORDS["signs"] for case in row[:2]}
     return dict(wear[-2:]), {case: thing for _, case, thing in sorted(take) if case in cases}
 
 
@@ -346,12 +347,12 @@ def test_consequence_follows_from_the_text(sample):
     for story, span, before, right in spans(sample, "consequence"):
         text, after = near(story, span)
         wear, take = rule_of(before)
-        if re.match(" (ones|" + "|".join(world.forms_of(word)["s"] for word in world.LISTS["pairs"]) + ")", after):
+        if re.match(" (ones|" + "|".join(forms_of(word)["s"] for word in LISTS["pairs"]) + ")", after):
             cold, warm = (max(match.start() for match in [*finds(cue, before), *finds("^", before)]) for cue in (
                 "ice on|own breath|freezing|cold wind", "for shade|sun was hot|sun was so hot|hot as in an oven"))
             expected = wear["cold" if cold > warm else "warm"]
         elif bare(right) in take.values():
-            shown = [(before.rfind(sign), case) for case, other, *signs in world.WORDS["signs"]
+            shown = [(before.rfind(sign), case) for case, other, *signs in WORDS["signs"]
                      for sign, case in zip(signs, (case, other))]
             expected = take[max(shown)[1]]
         else:
@@ -383,13 +384,13 @@ LEFT_OVER_AFTER = "^ stayed on|^ had done nothing"
 @pytest.mark.parametrize("kind", RULES_OUT)
 def test_the_wrong_answer_was_ruled_out_before(kind, sample):
     """Or the right one, where the answer is about what was left over."""
-    singular = {form: word for names in ("fruits", "treats", "pet-wishes") for word in world.LISTS[names]
-                for form in (word, world.forms_of(word)["s"])}
+    singular = {form: word for names in ("fruits", "treats", "pet-wishes") for word in LISTS[names]
+                for form in (word, forms_of(word)["s"])}
     for story, span, before, right in spans(sample, kind):
         matches = []
         for answer in (bare(right), bare(span["wrong"])):
             word = singular.get(answer, answer) if kind == "negation" else answer
-            one, many = f"(an?|the) {re.escape(word)}", world.forms_of(word)["s"]
+            one, many = f"(an?|the) {re.escape(word)}", forms_of(word)["s"]
             matches.append(finds(RULES_OUT[kind].format(one=one, many=many, word=word), before))
         text, after = near(story, span)
         if all(matches):  # one guest of the party does not like the one thing, and one the other
@@ -583,7 +584,7 @@ def test_what_is_cut_off_leaves_the_old_stories(workplace, monkeypatch, fault):
 def test_vocabulary():
     total = 0
     for part in ("nouns", "verbs", "adjectives"):
-        words = [word for group in world.WORDS[part].values() for word in group]
+        words = [word for group in WORDS[part].values() for word in group]
         assert len(words) == len(set(words)), [word for word in words if words.count(word) > 1]
         assert all(re.fullmatch("[A-Za-z -]+", word) for word in words)
         total += len(words)
@@ -597,11 +598,11 @@ def strings_in(node):
 
 
 def test_every_telling_can_be_parsed():
-    scenes = [scene["lines"] for scenes in world.WORDS["scenes"].values() for scene in scenes.values()]
-    plots = [[plot["lines"], plot["summary"]] for group in world.WORDS["plots"].values() for plot in group.values()]
-    others = [world.WORDS[key] for key in ("frame", "fact tellings", "omens")]
+    scenes = [scene["lines"] for scenes in WORDS["scenes"].values() for scene in scenes.values()]
+    plots = [[plot["lines"], plot["summary"]] for group in WORDS["plots"].values() for plot in group.values()]
+    others = [WORDS[key] for key in ("frame", "fact tellings", "omens")]
     for telling in strings_in([scenes, plots, others]):
-        for wording in world.parse(telling):
+        for wording in parse(telling):
             for part in wording:
                 assert not isinstance(part, str) or not re.search(r"[{}<>\[\]|@]", part), telling
 
@@ -609,14 +610,14 @@ def test_every_telling_can_be_parsed():
 def test_every_step_and_every_sentence_is_known():
     for name, plot in world.PLOTS.items():
         steps = strings_in([plot["cast"], plot["plot"]])
-        assert {step.split()[0] for step in steps} <= set(world.STEPS)
+        assert {step.split()[0] for step in steps} <= set(STEPS)
         said = {name.strip("!?~") for step in steps if step.startswith("say ") for name in step.split()[1:]} - {"/"}
-        own_lines = set(world.WORDS["plots"][plot["group"]][name]["lines"])
+        own_lines = set(WORDS["plots"][plot["group"]][name]["lines"])
         assert own_lines - said - {"bad-moral"} == {"bad", "twist", "moral", "end"}, name
         assert said <= set(plot["lines"]), name
-    for name, scene in {**world.WORDS["scenes"]["reasoning"], **world.WORDS["scenes"]["tracking"]}.items():
+    for name, scene in {**WORDS["scenes"]["reasoning"], **WORDS["scenes"]["tracking"]}.items():
         steps = strings_in(scene["plot"])
-        assert {step.split()[0] for step in steps} <= set(world.STEPS)
+        assert {step.split()[0] for step in steps} <= set(STEPS)
         said = {name.strip("!?~") for step in steps if step.startswith("say ") for name in step.split()[1:]} - {"/"}
         assert set(scene["lines"]) - {"end"} == said, name
 
