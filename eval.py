@@ -25,9 +25,10 @@ from tqdm import tqdm
 from common.dataset import SKILLS, instruction, load_meta, load_tokens, split_stories
 from common.device import pick_device
 from common.files import file_hash, read_list
-from common.records import SPACELESS, fingerprint, read_records
+from common.records import read_records
 from common.results import add_section, interval, load_subject, print_section
 from common.runs import load_run, newest_run
+from common.text import SPACELESS, fingerprint
 from common.tokenizer import load_tokenizer
 
 SECTIONS = ("loss", "probes", "spans", "steps")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import CommandLine, run_main
 from common.ask import ask_all, connect, dollars, parse_server_args, without_thoughts
 from common.files import atomic_write, lock, open_to_append, read_lines
-from common.records import LETTERS, ends_well, fingerprint, split_words
+from common.text import LETTERS, ends_well, fingerprint, split_words
 
 MAX_REQUESTS = 2  # per story: if the answer is rejected, ask once more, then give up
 MIN_WORDS = 60  # a shorter story has no plot

@@ -38,8 +38,9 @@ from tqdm import tqdm
 from common.dataset import INSTRUCTIONS, SKILLS, instruction
 from common.device import usable_cpus
 from common.files import check_writable, file_hash, rename
-from common.records import (CHUNK_BYTES, EOT, SPLITS, URL, clean_story, convert, details, ends_well, find_sources,
-                            fingerprint, is_plain, read_chunk, split_file)
+from common.records import (CHUNK_BYTES, EOT, SPLITS, URL, convert, details, find_sources, is_plain, read_chunk,
+                            split_file)
+from common.text import clean_story, ends_well, fingerprint
 from common.tokenizer import GPT2_PATTERN, PIECES, cached_tokenizer, load_ranks, train_bpe, trim_bpe
 
 KEPT = ("train", "val")  # decisions on stories that stay; any other says why a story does not

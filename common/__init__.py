@@ -2,7 +2,8 @@
 
     __init__.py    the command line, and running a main() so that it ends in order
     files.py       files that are never half written
-    records.py     stories in files of any format, and repairing them
+    records.py     stories in files of any format
+    text.py        the text of a story: repairs, words, copies
     tokenizer.py   byte-level BPE
     dataset.py     what prepare.py has written, and the rows that train.py reads from it
     device.py      the device to compute on, its memory, and processes

@@ -1,15 +1,20 @@
 """Files. Those that others read are written under a temporary name and renamed, so that nobody sees half of one. Those
-that grow by lines lose at most the last line when a process is killed."""
+that grow by lines lose at most the last line when a process is killed. A download that breaks off is continued."""
 import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -119,3 +124,54 @@ def read_list(option, path, is_valid):
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"cannot read --{option}={path}: {error}")
     sys.exit(f"--{option}={path} does not have the form of data/{option}.json")
+
+
+def first_bytes(path):
+    with open(path, "rb") as file:
+        return file.read(100_000)
+
+
+def download(url, path, mark=b"", retries=5, wait=1.0):
+    """Fetch `url` to `path`. What has arrived stays in path + ".part", and a later attempt continues from there.
+
+    Gives up after retries + 1 attempts in a row without a new byte, or at once if the server refuses. A file without
+    `mark` in its beginning is a page that a server sent instead, and is removed."""
+    part, failures = path + ".part", 0
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(part, "ab").close()
+    largest = os.path.getsize(part)
+    while True:
+        try:
+            fetch_rest(url, part)
+            break
+        except (OSError, ValueError, HTTPException) as error:  # HTTPError is an OSError
+            size, status = os.path.getsize(part), getattr(error, "code", None)
+            failures = 0 if size > largest else failures + 1
+            if failures > retries or status in (400, 401, 403, 404, 410):
+                sys.exit(f"cannot download {url}: {error}. Run this again to continue after {size:,} bytes, check "
+                         "--url, name a file that you have with --input=FILE, or make stories with python -m lab.world")
+        if status == 416:  # the server has no byte after ours: ours are another file's, or all of this one
+            os.truncate(part, 0)
+        largest = max(size, largest)
+        time.sleep(wait * (2**failures - 1))  # 0 s after progress, then 1, 3, 7, 15 and 31 s
+    beginning = first_bytes(part)
+    if mark not in beginning:
+        os.remove(part)
+        sys.exit(f"{url} is not a file of stories, it begins with {beginning[:60]}: check --url, or name a file that "
+                 "you have with --input=FILE")
+    rename(part, path)
+
+
+def fetch_rest(url, part):
+    """Append the rest of `url` to the file `part`. Raises OSError if the connection ends before that."""
+    start = os.path.getsize(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
+    with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as file:
+        if response.status != 206:  # the server ignores ranges and sends the file from its start
+            start = 0
+            file.truncate(0)
+        total = start + int(response.headers.get("Content-Length", 0))  # 0 if the server does not report the length
+        with tqdm.wrapattr(response, "read", total=total or None, initial=start, desc=part, disable=None) as body:
+            shutil.copyfileobj(body, file)
+    if os.path.getsize(part) < total:
+        raise OSError(f"{os.path.getsize(part):,} of {total:,} bytes arrived")

@@ -1,5 +1,4 @@
-"""Stories in files: finding, downloading and reading them, in every format that users bring, and repairing them.
-Nothing here is about tokens.
+"""Stories in files: finding and reading them, in every format that users bring.
 
 A story is a record, {"story": text, …}, where known with its words, features, summary, spans and split. Text may be
 larger than the memory: plain files, JSON lines or text, are cut into chunks, which workers read independently of each
@@ -8,26 +7,19 @@ other. All other files are read as a stream.
 import csv
 import glob
 import gzip
-import hashlib
 import io
 import json
 import mmap
 import os
 import re
-import shutil
 import sys
 import tarfile
-import time
-import unicodedata
-import urllib.request
 import zlib
-from http.client import HTTPException
 from itertools import chain, islice
 
-import regex
 from tqdm import tqdm
 
-from common.files import rename
+from common.files import download, first_bytes
 
 EOT = "<|endoftext|>"
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
@@ -51,7 +43,7 @@ LARGEST = 1 << 24  # characters of a JSON value; a longer one is broken
 csv.field_size_limit(1 << 30)
 
 # -----------------------------------------------------------------------------------------------------------------
-# fetch
+# find
 
 
 def find_sources(args, folder):
@@ -130,57 +122,6 @@ def refuse_two_versions(paths, folder, version):
         name = "tinystories-all" if version == "all" else f"tinystories-v{version}"
         sys.exit(f"{folder} would mix versions {mixed} of TinyStories: prepare each as a dataset of its own, with "
                  f"python prepare.py --dataset={name} --version={version}")
-
-
-def download(url, path, mark=b"", retries=5, wait=1.0):
-    """Fetch `url` to `path`. What has arrived stays in path + ".part", and a later attempt continues from there.
-
-    Gives up after retries + 1 attempts in a row without a new byte, or at once if the server refuses. A file without
-    `mark` in its beginning is a page that a server sent instead, and is removed."""
-    part, failures = path + ".part", 0
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    open(part, "ab").close()
-    largest = os.path.getsize(part)
-    while True:
-        try:
-            fetch_rest(url, part)
-            break
-        except (OSError, ValueError, HTTPException) as error:  # HTTPError is an OSError
-            size, status = os.path.getsize(part), getattr(error, "code", None)
-            failures = 0 if size > largest else failures + 1
-            if failures > retries or status in (400, 401, 403, 404, 410):
-                sys.exit(f"cannot download {url}: {error}. Run this again to continue after {size:,} bytes, check "
-                         "--url, name a file that you have with --input=FILE, or make stories with python -m lab.world")
-        if status == 416:  # the server has no byte after ours: ours are another file's, or all of this one
-            os.truncate(part, 0)
-        largest = max(size, largest)
-        time.sleep(wait * (2**failures - 1))  # 0 s after progress, then 1, 3, 7, 15 and 31 s
-    beginning = first_bytes(part)
-    if mark not in beginning:
-        os.remove(part)
-        sys.exit(f"{url} is not a file of stories, it begins with {beginning[:60]}: check --url, or name a file that "
-                 "you have with --input=FILE")
-    rename(part, path)
-
-
-def first_bytes(path):
-    with open(path, "rb") as file:
-        return file.read(100_000)
-
-
-def fetch_rest(url, part):
-    """Append the rest of `url` to the file `part`. Raises OSError if the connection ends before that."""
-    start = os.path.getsize(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
-    with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as file:
-        if response.status != 206:  # the server ignores ranges and sends the file from its start
-            start = 0
-            file.truncate(0)
-        total = start + int(response.headers.get("Content-Length", 0))  # 0 if the server does not report the length
-        with tqdm.wrapattr(response, "read", total=total or None, initial=start, desc=part, disable=None) as body:
-            shutil.copyfileobj(body, file)
-    if os.path.getsize(part) < total:
-        raise OSError(f"{os.path.getsize(part):,} of {total:,} bytes arrived")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -476,77 +417,3 @@ def as_list(value):
     items = [SURROGATE.sub("", str(item)) for item in value if isinstance(item, (str, int))]
     words = [" ".join(item.split()).strip(" '\"") for item in items]
     return [word for word in words if word]
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# clean
-
-# Mojibake: UTF-8 that was read as cp1252, so that each character became two to four: "don’t" is now "donâ€™t". What
-# each byte from 80 to FF becomes; control characters stand for the five that cp1252 lacks, and in Latin-1 for more.
-CP1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0x100))
-TO_LATIN1 = str.maketrans(CP1252, "".join(map(chr, range(0x80, 0x100))))
-TAIL = f"[{CP1252[:64]}\x80-\x9f]"  # any byte of a character but its first, which tells how many there are
-# Latin letters, punctuation, emojis. Misread letters of other scripts can look like right text, so they stay.
-MOJIBAKE = re.compile(f"[Â-Å]{TAIL}|â{TAIL}{TAIL}|ï»¿|ð[Ÿ\x9f]{TAIL}{TAIL}")
-QUOTES = str.maketrans("“”„«»‘’`", "\"\"\"\"\"'''")
-
-
-def clean_story(record):
-    """The story of a record without white space around it, and with mojibake undone, also if it happened twice. If
-    spans point into the story, it stays as it is."""
-    story, before = record["story"], None
-    if record.get("spans"):
-        return story
-    while story != before and not story.isascii():
-        story, before = fix_mojibake(story), story
-    return story.removeprefix("\ufeff").strip()  # a byte-order mark that was misread too
-
-
-def fix_mojibake(story):
-    """A story with mojibake undone: everywhere, if no other character is beyond ASCII, for then the story was misread as
-    a whole; else only what begins with â€, which right text never has: quotation marks, dashes, dots."""
-    story = re.sub(f"â€(?!{TAIL})\ufffd?", "â€\x9d", story)  # the third byte is lost: of those that cp1252 lacks, ” is it
-    misread = MOJIBAKE if MOJIBAKE.sub("", story).isascii() else re.compile(f"â€{TAIL}")
-    return misread.sub(lambda match: match[0].translate(TO_LATIN1).encode("latin-1").decode(), story)
-
-
-# What a finished story ends in, perhaps in bold type: punctuation of any script, a closing quote or bracket, an emoji,
-# or The End. Thai and Lao have no final punctuation.
-ENDING = regex.compile(r"""(?ix)
-    (?: [\p{Sentence_Terminal}…།"'\p{Pe}\p{Pf}\p{Extended_Pictographic}\p{So}\p{Thai}\p{Lao}]
-      | (?<!\s)\p{Pi} | (?<=\p{Greek}); | (?<!\w)the\ end
-      | (?<=[\p{Sentence_Terminal}…"'\p{Pe}\p{Pf}\n][\s*_~—–-]*)
-        (?:fin|fine|ende|fim|koniec|einde|slut|konec|конец|完|終|终|끝|おしまい|समाप्त) )
-    [\s*_~=—–\-\#\p{M}\p{Sk}\p{Cf}]* \Z""")
-
-
-def ends_well(story):
-    """Whether a story is finished, and not cut off."""
-    ending = story.rstrip()[-60:]
-    return ending.endswith((".", "!", "?", '"', "”")) or bool(ENDING.search(ending))  # the former is fast
-
-
-# In these scripts no spaces stand between words: there, each character counts as a word.
-SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-LETTERS = regex.compile(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[\d_{SPACELESS}]]+")  # a word without digits
-
-
-def split_words(text):
-    """The words of a text, with their punctuation: what stands between spaces, or single characters without any."""
-    return regex.findall(rf"[{SPACELESS}]\p{{M}}*|[^\s{SPACELESS}]+", text)
-
-
-def word_end(text, position):
-    """The first position from `position` on at which a word may end, or `position` itself if there is none."""
-    match = regex.compile(rf"(?= )|(?<=[{SPACELESS}])(?!\p{{M}})").search(text, position)
-    return match.start() if match else position
-
-
-def fingerprint(story):
-    """64 bits of a story's text, the same for copies that differ only in case, quotes and white space.
-
-    Among 3 million stories, the chance that any two different ones share a fingerprint is one in 4 million."""
-    if not story.isascii():
-        story = unicodedata.normalize("NFKC", story).translate(QUOTES)  # é as one character or two, … as three dots
-    normal = " ".join(story.lower().split())
-    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")

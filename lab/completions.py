@@ -18,9 +18,10 @@ from common import ROOT, CommandLine, run_main
 from common.dataset import INSTRUCTIONS, instruction, load_meta, load_tokens, split_stories
 from common.device import pick_device
 from common.files import read_list
-from common.records import SPACELESS, details, read_records
+from common.records import details, read_records
 from common.results import add_section, interval, load_subject, print_section
 from common.runs import newest_run
+from common.text import SPACELESS
 from common.tokenizer import load_tokenizer
 from lab.label import FEATURE_RULES, followed, share_followed
 from sample import generate

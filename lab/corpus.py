@@ -16,9 +16,10 @@ from tqdm import tqdm
 from common import CommandLine, run_main
 from common.dataset import load_tokens
 from common.device import pick_device
-from common.records import SPACELESS, details, file_format, fingerprint, read_records
+from common.records import details, file_format, read_records
 from common.results import add_section, interval, load_subject, print_section
 from common.runs import newest_run
+from common.text import SPACELESS, fingerprint
 from common.tokenizer import load_tokenizer
 from generate import missing_words
 from lab.compare import print_table

@@ -21,9 +21,9 @@ from common.ask import ask_all, connect, dollars, parse_server_args, without_tho
 from common.dataset import instruction, load_tokens
 from common.device import pick_device
 from common.files import open_to_append, read_lines, read_list
-from common.records import split_words, word_end
 from common.results import add_section, interval, load_subject, print_section
 from common.runs import newest_run
+from common.text import split_words, word_end
 from common.tokenizer import load_tokenizer
 from generate import MAX_REQUESTS
 from lab.completions import complete, pick_stories

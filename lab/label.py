@@ -16,7 +16,8 @@ from collections import Counter
 from common import CommandLine, run_main
 from common.dataset import load_meta
 from common.files import atomic_write
-from common.records import LETTERS, fingerprint, read_records
+from common.records import read_records
+from common.text import LETTERS, fingerprint
 from generate import ENDINGS, WORDS_FILE, inflections, load_words, missing_words
 
 SAD = re.compile(r"\b(sad(?:ly|der)?|cr(?:y|ied|ying)|tears?|alone|never|sorry|lost|gone|regret\w*|wish(?:ed)?|hurt|"

@@ -26,8 +26,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import generate
 import prepare
-from common import ask, records
+from common import ask, files, records
 from common.dataset import load_meta, load_tokens
+from common.text import clean_story, ends_well, fingerprint
 from common.tokenizer import BYTES, load_tokenizer, make_encoding, parts_of
 from conftest import error_of, make_stories, write_jsonl
 
@@ -219,7 +220,7 @@ def test_a_worker_decides_alone(workplace):
     decisions, broken, fields = prepare.decide(all_of("s.jsonl"), None, options(val_fraction=0))
     assert [decision for _, decision, _ in decisions] == ["train", "val", "empty", "under 100 characters",
                                                           "called test"]
-    assert decisions[0][0] == decisions[4][0] == records.fingerprint(good["story"])
+    assert decisions[0][0] == decisions[4][0] == fingerprint(good["story"])
     decisions, broken, fields = prepare.decide(all_of("s.jsonl"), "val", options(clean=False))
     assert [decision for _, decision, _ in decisions] == ["val", "val", "empty", "val", "called test"]
 
@@ -346,7 +347,7 @@ def misread(text, encoding="cp1252"):
 
 
 def repair(text):
-    return records.clean_story({"story": text})
+    return clean_story({"story": text})
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
@@ -384,7 +385,7 @@ def test_misread_latin_text_is_repaired(text):
     ("slept and", False), ("slept,", False), ("she said, “", False), ("all was fine", False), ("睡了，", False)])
 def test_one_rule_says_whether_a_story_is_finished(ending, whole):
     """prepare.py and generate.py have the same: no story is paid for that is then removed."""
-    assert records.ends_well(ending) == whole
+    assert ends_well(ending) == whole
     story, answer = "One day he went to the park. " * 10 + ending, ask.Answer("writer", {}, finish="stop")
     assert (generate.why_rejected(story, answer, [], {}) != "cut off") == whole
     assert (prepare.why_removed(story, clean=True) == "") == whole
@@ -742,7 +743,7 @@ def server():
 
 
 def fetch(server, path, mark=b""):
-    records.download(server.url, str(path), mark, retries=3, wait=0.01)
+    files.download(server.url, str(path), mark, retries=3, wait=0.01)
     assert not os.path.exists(f"{path}.part")
     return path.read_bytes()
 
@@ -798,7 +799,7 @@ def test_a_page_in_place_of_the_file_is_not_kept(server, tmp_path):
 
 def test_no_network(tmp_path):
     with pytest.raises(SystemExit, match="--input=FILE.*python -m lab.world"):
-        records.download("http://127.0.0.1:9/file", str(tmp_path / "f"), retries=2, wait=0.01)
+        files.download("http://127.0.0.1:9/file", str(tmp_path / "f"), retries=2, wait=0.01)
 
 
 @pytest.fixture
@@ -806,9 +807,9 @@ def tinystories(workplace):
     """The option --url of a server that has the published files of both versions, small ones."""
     folder = workplace / "served"
     folder.mkdir()
-    for version, files in records.VERSIONS.items():
+    for version, names in records.VERSIONS.items():
         stories = make_stories(110, seed=version)
-        for name, part in zip(files, (stories[:100], stories[100:])):
+        for name, part in zip(names, (stories[:100], stories[100:])):
             (folder / name).write_text("\n<|endoftext|>\n".join(r["story"] for r in part), encoding="utf-8")
     with tarfile.open(folder / records.ARCHIVE, "w:gz") as archive:
         for number in range(3):

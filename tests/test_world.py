@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from common.records import fingerprint
+from common.text import fingerprint
 from conftest import error_of
 from generate import FEATURES
 from lab import world
