@@ -140,7 +140,8 @@ def prompt_for(level, words, features):
 # readers too, so that a phrase needs a word about the asking.
 YES = r"(?:okay|ok|sure(?: thing)?|certainly|of course|absolutely|got it|understood|no problem|gladly)"
 GREETING = rf"(?:(?:{YES}|yes|great|hello|hi|alright|all right|as requested)\b\W*)*"
-FOR_YOU = r"(?:for you|you (?:asked|gave|wanted|requested)|requested|year-old (?:can|will|would)|simple words)"
+FOR_YOU = (r"(?:for you|your (?:request|words|story)|you (?:asked|gave|wanted|requested)|requested"
+           r"|year-old (?:can|will|would)|simple words)")
 BEFORE_STORY = [
     r"(?:#.*|```\w*|\*\*[^*\n]*\*\*:?|title:.*)[ \t]*(?:\n|\Z)",
     rf"{YES}[.!]+\s+(?!(?:said|asked|cried)\b)",
@@ -164,7 +165,8 @@ AFTER_STORY = [
     r"(?:i )?hope (?:you|this|that|it|the)\b[^.!?\n]*\b(?:story|tale|enjoyed (?:it|this|reading)|request)\b"
     r"(?![^\n]*\b(?:said|asked|cried|told)\b)",
     r"(?:i )?hope (?:this helps|you (?:like|enjoy) (?:it|this)(?=\W*\Z))|happy reading\b|want another\b",
-    r"if you\b[^.!?\n]*\b(?:let me know|feel free|another story)\b(?![^\n]*\b(?:said|asked|told)\b)",
+    r"if you\b[^.!?\n]*\b(?:let me know|feel free|another story|i (?:can|could) (?:write|make|add|change|continue)"
+    r"|me to (?:write|make|add|change))\b(?![^\n]*\b(?:said|asked|told)\b)",
     r"i(?:'d| would| can|'m| am)\b[^.!?\n]*\b(?:happy to (?:write|change)|another story|if you(?:'d)? (?:like|want))\b",
     r"(?:(?:this|the) story|i(?:'ve| have)?) (?:uses|used|includes|included|contains|incorporated|has)\b[^.!?\n]*"
     r"\b(?:the words?|requested|required|\d+ words)\b",
@@ -175,7 +177,7 @@ AFTER_STORY = [
 NO_STORY = "|".join([
     r"(?i)</?\|?[a-z][^<>\n]*>|\|>|```|\A[{\[<]",
     r"\bthe user\b|\bthe (?:verb|noun|adjective)\b (?!was\b)|\bthought process\b|[\ufffd\x00]",
-    r"\bset of words\b|\btl;dr\b|\bi kept the (?:words|sentences|language)\b",
+    r"\bset of words\b|\btl;dr\b|\bi kept the (?:words|sentences|language) (?:simple|easy|short)\b",
     r"\A\W*(?:thoughts?|reasoning|thinking(?: process)?|draft(?: \d+)?|plan)\b\W*(?::|\n|\.\.\.)",
     r"\A\W*(?:let me think|first, i|hmm|okay, the)\b",
     r"\A[^\n]*\bi (?:need|should|have|must)(?: to)? (?:use|write|include)\b",
@@ -263,7 +265,7 @@ class Corpus:
             self.add(record)
             self.tokens.update(tokens_in=record["tokens_in"], tokens_out=record["tokens_out"])
         changed = [f"--{name}={before.get(name)}, not {value}" for name, value in settings.items()
-                   if before.get(name) != value and name != "max_tokens"]
+                   if before.get(name, {}) != value and name != "max_tokens"]  # "extra" is {} by default
         if changed and self.done:
             sys.exit(f"{folder} was begun with {'; '.join(changed)}: continue with that, or choose another --name")
         with atomic_write(settings_path) as file:
@@ -272,7 +274,7 @@ class Corpus:
     def add(self, record):
         """Count a line of one of the two files."""
         if "reason" in record:
-            if record["reason"] not in NO_ANSWER and record["settings"] == self.settings_hash:
+            if record["reason"] not in NO_ANSWER and record.get("settings", self.settings_hash) == self.settings_hash:
                 self.rejections[record["index"]] += 1
             self.reasons[record["reason"]] += 1
         else:

@@ -207,7 +207,7 @@ class GPT(nn.Module):
         """Draw all weights. With a standard deviation of 1/sqrt(C), a matrix's outputs are about as large as its
         inputs."""
         for name, p in self.named_parameters():
-            if name.endswith(("proj.weight", "value_embed.weight", "value_gate.weight")) or name == "head.weight":
+            if name.endswith((".proj.weight", "value_embed.weight", "value_gate.weight")) or name == "head.weight":
                 nn.init.zeros_(p)  # every block starts as the identity, and all tokens are equally likely
             elif name == "smear":
                 nn.init.constant_(p, 0.5)

@@ -5,13 +5,12 @@
     python prepare.py --dataset=mine --input=stories.txt    prepare a file or a folder: text, JSON, CSV, parquet, gzip
 
 Writes train.bin, val.bin, tokenizer.tiktoken and meta.json to data/<dataset>. The bins are flat little-endian uint16,
-with <|endoftext|> before every story and after the last. common/dataset.py has the functions with which other stages
-read them.
+with <|endoftext|> before every story and after the last. Other stages read them by common/dataset.py.
 
 The text may be larger than the memory, so it is read three times, in chunks that all CPUs share: to decide which
 stories stay, to count words for the tokenizer, and to encode. Only text and JSON lines can be cut into chunks, so all
-other formats are first converted to JSON lines. common/records.py has all that is about files of stories, and
-common/tokenizer.py makes the tokenizer.
+other formats are first converted to JSON lines. common/records.py reads files of stories, common/text.py repairs them,
+and common/tokenizer.py makes the tokenizer.
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
 from common import CommandLine, ignore_ctrl_c, run_main

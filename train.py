@@ -137,7 +137,7 @@ class Run:
         # the model, and what it learns with
         torch.manual_seed(args.seed)  # the same initial weights in every process
         options = {**vars(args), "vocab_size": self.data.metas[self.data.first]["vocab_size"]}
-        self.config = GPTConfig(**{field.name: options[field.name] for field in fields(GPTConfig)})
+        self.config = GPTConfig(**{f.name: options[f.name] for f in fields(GPTConfig) if f.name in options})
         self.model = GPT(self.config, args.embed_std).to(self.device)
         self.flops_per_token = self.model.flops_per_token()
         self.forward = self.model  # prepare_forward() wraps it; the weights are the same
@@ -192,17 +192,14 @@ class Run:
 def describe(run):
     """Say what is trained, on how much, and where."""
     args, model = run.args, run.model
-    if args.max_minutes:
-        length = f"{args.max_minutes:g} minutes"
-    else:
-        epochs = run.max_steps * run.step_tokens / run.data.epoch_tokens
-        length = f"{epochs:.1f} epochs or {run.max_steps:,} steps"
+    epochs = run.max_steps * run.step_tokens / run.data.epoch_tokens
+    length = f"{args.max_minutes:g} minutes" if args.max_minutes else f"{epochs:.1f} epochs or {run.max_steps:,} steps"
     run.say(f"{args.dataset}: {run.data.epoch_tokens:,} tokens per epoch; {length} of {run.step_tokens:,} tokens "
             f"({run.micro_steps} micro steps x {run.micro_batch} rows x {args.block_size} tokens on {run.processes} "
             "process(es))")
-    compiled = ", compiled" if run.compiling else ""
     run.say(f"{model.num_params():,} parameters, {model.num_params(embedding=False):,} without embeddings and head; "
-            f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; {run.device}, {str(run.dtype)[6:]}{compiled}")
+            f"{run.flops_per_token / 1e6:.1f} MFLOPs per token; {run.device}, {str(run.dtype)[6:]}"
+            f"{', compiled' if run.compiling else ''}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -211,9 +208,7 @@ def describe(run):
 
 def train(run, signals):
     """Train until the run is done or a signal to stop was received, and save it."""
-    args = run.args
-    # {dataset: marked words of its validation stories}, for the evaluations along the way
-    probes = {name: read_spans(name, 50) for name in run.data.mix} if args.evals and run.rank == 0 else {}
+    probes = {}  # {dataset: marked words of its validation stories}
     bar = progress_bar(run)
     progress, stopping = sync_progress(run, signals)
     while progress < 1 and not stopping:
@@ -239,17 +234,20 @@ def train(run, signals):
         # log
         progress, stopping = sync_progress(run, signals)
         evaluating = progress < 1 and run.evaluations_due(progress) > evaluations
-        keeping = args.keep == "log" and (run.step & (run.step - 1)) == 0  # a power of two
-        if run.step % args.log_interval == 0 or evaluating or keeping or stopping or progress >= 1:
-            log_step(run, loss, grad_norm, bar)
+        keeping = run.args.keep == "log" and (run.step & (run.step - 1)) == 0  # a power of two
+        logging = run.step % run.args.log_interval == 0 or evaluating or progress >= 1
+        if logging or keeping or stopping:
+            log_step(run, loss, grad_norm, bar, write=logging)
         bar.update(progress * bar.total - bar.n)
 
         # evaluate and save: whatever happens, what came before is not lost
         paused = time.perf_counter()
         if keeping:
             keep_weights(run)
-        if evaluating:
+        if evaluating and run.rank == 0:
+            probes = probes or {name: read_spans(name, 50) for name in run.data.mix}
             evaluate_and_save(run, probes)
+        if evaluating:
             progress, stopping = sync_progress(run, signals)  # an evaluation takes time
         run.clock.paused_seconds += time.perf_counter() - paused
     bar.close()
@@ -309,8 +307,9 @@ def update_weights(run):
     return grad_norm
 
 
-def log_step(run, loss, grad_norm, bar):
-    """Check the loss of a step, show it and log it. Reading the loss waits for a GPU."""
+def log_step(run, loss, grad_norm, bar, write):
+    """Check the loss of a step and show it, which waits for a GPU. If `write`, log it: a run that was stopped has the
+    same log as one that was not."""
     if run.processes > 1:
         dist.all_reduce(loss)
     train_loss = loss.item() / run.processes
@@ -325,7 +324,8 @@ def log_step(run, loss, grad_norm, bar):
               "tokens_per_second": round(run.speed), "grad_norm": grad_norm.item() if grad_norm.isfinite() else None}
     if peak := peak_flops(run.device, run.dtype):
         values["mfu"] = round(run.speed * run.flops_per_token / peak / run.processes, 4)
-    run.log(**values)
+    if write:
+        run.log(**values)
     bar.set_postfix_str(f", loss {train_loss:.3f}, {run.speed:,.0f} tok/s", refresh=False)
     # once, early: at the second regular line of the log, since the speed at the first is of few steps
     if bar.disable and run.step == (run.first_step // run.args.log_interval + 2) * run.args.log_interval:
@@ -340,8 +340,6 @@ def time_left(run):
 
 def evaluate_and_save(run, probes):
     """Validate on the first stories, show a sample, and save a checkpoint."""
-    if run.rank > 0:
-        return
     result = scores(run, probes, run.args.eval_stories)
     run.log(**result)
     encoding = run.data.encoding
@@ -447,4 +445,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, lower="--batch_size (with --resume, if a checkpoint was saved), --block_size, --n_embd or --n_layer")
+    run_main(main, lower="--batch_size, the rows of a micro batch (with --resume, if a checkpoint was saved)")

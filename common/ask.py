@@ -215,11 +215,12 @@ def read_answer(body, sent, prompt):
         reply = merge_chunks(body) if streamed else json.loads(body)
         if isinstance(reply, list):  # how some servers wrap an error
             reply = reply[0]
-        usage, choice = reply.get("usage") or {}, (reply.get("choices") or [{}])[0]
+        usage, choice = reply.get("usage"), (reply.get("choices") or [{}])[0]
+        counts = usage.items() if isinstance(usage, dict) else ()
+        usage = {name: int(float(count)) for name, count in counts if str(count).removesuffix(".0").isdigit()}
         problem, message = reply.get("error") or choice.get("error"), choice.get("message")
         finish = str(choice.get("finish_reason") or "").lower()
-        tokens = {"tokens_in": int(usage.get("prompt_tokens") or 0),
-                  "tokens_out": int(usage.get("completion_tokens") or 0)}
+        tokens = {"tokens_in": usage.get("prompt_tokens", 0), "tokens_out": usage.get("completion_tokens", 0)}
         if problem or message is None or finish == "error":
             problem = problem or reply
             code = str(problem.get("code")) if isinstance(problem, dict) else ""
@@ -228,7 +229,7 @@ def read_answer(body, sent, prompt):
         text = text_of(message.get("content"))
         tokens["tokens_in"] = tokens["tokens_in"] or len(prompt) // 4
         # some servers count the thoughts in the total alone
-        thought = int(usage.get("total_tokens") or 0) - tokens["tokens_in"]
+        thought = usage.get("total_tokens", 0) - tokens["tokens_in"]
         tokens["tokens_out"] = max(tokens["tokens_out"] or len(text) // 4, thought)
         limit = sent.get("max_tokens") or sent.get("max_completion_tokens") or math.inf
         if finish in ("max_tokens", "model_length") or not text and tokens["tokens_out"] >= limit:
@@ -378,9 +379,9 @@ class Asking:
         self.cut_off = self.cut_off + 1 if reason and (empty or answer.finish == "length") else 0
         if self.cut_off == MAX_CUT_OFF:
             self.stop = self.stop or SystemExit(
-                f"the last {MAX_CUT_OFF} answers were empty or cut off ({answer.finish}), this one after "
-                f"{answer.tokens['tokens_out']:,} tokens of thinking and text: raise --{self.args.limit_name}, have the "
-                """model think less, for instance with --extra='{"reasoning_effort": "low"}', or try another --model""")
+                f"the last {MAX_CUT_OFF} answers were empty or cut off ({answer.finish or 'stop'}), this one after "
+                f"{answer.tokens['tokens_out']:,} tokens of thinking and text: raise --{self.args.limit_name}, have it "
+                """think less, for instance with --extra='{"reasoning_effort": "low"}', or try another --model""")
         elif self.rejected == MAX_REJECTED:
             self.stop = self.stop or SystemExit(
                 f"the last {self.rejected} answers were all rejected, the last one: {reason}")

@@ -136,7 +136,7 @@ def detect_format(name, head, field):
             return kind
     if head.startswith((b"PK\3\4", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")):  # zip, bzip2, xz, zstd
         sys.exit(f"{name} is packed, and not by gzip: unpack it first")
-    beginning = head.decode(json.detect_encoding(head), "ignore").lstrip()  # by its byte-order mark, else UTF-8
+    beginning = head.decode(json.detect_encoding(head), "ignore").lstrip()
     if beginning[:14].lower().startswith(("<!doctype html", "<html", "<?xml")):
         sys.exit(f"{name} is a page of HTML and no file of stories: delete it, and get the file itself")
     kind = file_format(os.path.basename(name))

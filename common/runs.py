@@ -137,7 +137,7 @@ def open_run_folder(run):
 
 def trim_log(path, step):
     """Create a run's log or, when resuming, drop the lines that were logged after `step`."""
-    lines = [json.dumps(line) + "\n" for line in read_lines(path) if step and line["step"] <= step]
+    lines = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step] if step else []
     with atomic_write(path) as file:
         file.writelines(lines)
 

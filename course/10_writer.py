@@ -20,6 +20,7 @@ from lab.label import share_followed
 from sample import write_stories
 
 N_STORIES, BEST_OF = 500, 16
+SAMPLE = 34_698  # real stories that the writer learns from
 
 
 def write_corpus(name, writer, fields_of_stories, best_of):
@@ -42,25 +43,25 @@ def write_corpus(name, writer, fields_of_stories, best_of):
 
 def main(argv=None):
     args = command_line(__doc__).parse_args(argv)
-    prepare("tinystories")
-    if not os.path.exists("data/labelled/stories.jsonl"):
-        run("lab.label", dataset="tinystories")
-    prepare("labelled", instruct=True, tokenizer="tinystories")
-    writer = train("out/writer", dataset="labelled", size="3M", block_size=512, lr=0.02, max_tokens=48_000_000,
-                   max_steps=args.max_steps, evals=0)
-    n_stories = 40 if args.max_steps else N_STORIES
+    if not os.path.exists("data/real-labelled/stories.jsonl"):
+        run("lab.label", dataset="tinystories", name="real-labelled", max_stories=SAMPLE)
+    prepare("real-labelled", instruct=True, tokenizer="tinystories")
+    writer = train("out/writer", dataset="real-labelled", size="3M", block_size=512, lr=0.02, max_tokens=48_000_000,
+                   max_steps=args.max_steps)
+    # a quick look has corpora of its own, of an untrained writer, who ends no story
+    own, n_stories = ("quick", 40) if args.max_steps else ("own", N_STORIES)
 
     words = [{"words": ", ".join(triple)} for triple, _ in plans(n_stories, 1, load_words(WORDS_FILE))]
-    files = [write_corpus("own-varied", writer, words, BEST_OF), write_corpus("own-naive", writer, [{}] * n_stories, 1)]
+    files = [write_corpus(f"{own}-varied", writer, words, BEST_OF),
+             write_corpus(f"{own}-naive", writer, [{}] * n_stories, 1)]
     run("lab.corpus", *files)
 
-    prepare("own-real", input="data/tinystories", tokenizer="tinystories", max_stories=n_stories * 9 // 10)
+    prepare(f"{own}-real", input="data/tinystories", tokenizer="tinystories", max_stories=n_stories * 9 // 10)
     runs = []
     for seed in args.seeds:
         for name in ("naive", "varied", "real"):
-            # an untrained writer, as in a quick look, writes no whole story
-            prepare(f"own-{name}", tokenizer="tinystories", val_fraction=0.1, clean=not args.max_steps)
-            runs.append(train(f"out/from-{name}-{seed}", dataset=f"own-{name}", n_embd=64, max_tokens=1_000_000,
+            prepare(f"{own}-{name}", tokenizer="tinystories", val_fraction=0.1, clean=not args.max_steps)
+            runs.append(train(f"out/from-{name}-{seed}", dataset=f"{own}-{name}", n_embd=64, max_tokens=1_000_000,
                               seed=seed, max_steps=args.max_steps, evals=0))
     grade(runs, dataset="tinystories", only="loss")
 

@@ -18,7 +18,7 @@ from common import ROOT, CommandLine, run_main
 from common.dataset import INSTRUCTIONS, instruction, load_meta, load_tokens, split_stories
 from common.device import pick_device
 from common.files import read_list
-from common.records import details, read_records
+from common.records import details, file_format, read_records
 from common.results import add_section, interval, load_subject, print_section
 from common.runs import newest_run
 from common.text import SPACELESS
@@ -145,7 +145,7 @@ def feature_tests(dataset, n=8_000):
     signs."""
     meta, stories = load_meta(dataset), []  # stories: (features, text, 4-grams)
     for source in meta["source"]:
-        if source["split"] != "published" and os.path.isfile(source["file"]):
+        if os.path.isfile(source["file"]) and file_format(os.path.basename(source["file"])) != "text":
             records = read_records(source["file"], meta.get("field", "story"))
             stories += [(details(record)["features"], record["story"], set(ngrams(words_of(record["story"]), 4)))
                         for record in islice(records, n - len(stories))]

@@ -12,6 +12,7 @@ import random
 import re
 import sys
 from collections import Counter
+from itertools import islice
 
 from common import CommandLine, run_main
 from common.dataset import load_meta
@@ -86,6 +87,7 @@ def main(argv=None):
     parser.option("dataset", "tinystories", "a prepared dataset, whose files of stories are read")
     parser.option("name", "labelled", "folder under data/ to write to")
     parser.option("words", WORDS_FILE, "words to look for")
+    parser.option("max_stories", None, "label at most this many stories of each file (default: all)", type=int, low=1)
     args = parser.parse_args(argv)
     meta, forms = load_meta(args.dataset), known_forms(load_words(args.words))
     path = f"data/{args.name}/stories.jsonl"
@@ -106,14 +108,14 @@ def main(argv=None):
     has_val = "val" in [split for _, split in sources]  # else --val_fraction is held out, whatever the files are called
     counts = [Counter() for _ in forms]  # how many stories have each word
     for source, _ in sources:
-        for record in read_records(source, meta.get("field", "story")):
+        for record in islice(read_records(source, meta.get("field", "story")), args.max_stories):
             for count, found in zip(counts, words_in(record["story"], forms)):
                 count.update(found)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     written = Counter()
     with atomic_write(path) as file:
         for source, split in sources:
-            for record in read_records(source, meta.get("field", "story")):
+            for record in islice(read_records(source, meta.get("field", "story")), args.max_stories):
                 labels = label(record["story"], forms, counts)
                 written.update(["stories", *labels["features"]])
                 file.write(json.dumps({**({"split": split} if has_val and split else {}), **record, **labels}) + "\n")

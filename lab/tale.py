@@ -218,7 +218,7 @@ class Tale:
         self.tell(self.choose(WORDS["fact tellings"][table][:self.limit]))
 
     def say(self, *names):
-        """"say likes / ask !fuss happy?": tell these sentences. The top of this file explains the signs."""
+        """"say likes / ask !fuss happy?": tell these sentences. lab/world.py explains the signs."""
         for name in names:
             if name == "/":
                 self.text = self.text[:-1] + "\n"

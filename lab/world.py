@@ -40,7 +40,7 @@ This is the record that comes out, here of story 5,961 of seed 1. `bits` is the 
      "summary": "Alan goes to the big store with Mom and gets a pancake."}
 
 To add a plot, write it under "plots" in the group "reasoning", "facts" or "tracking", with tellings for each of its
-sentences and for "bad", "twist", "moral" and "end", which `tell_story` uses at the end. All plots share the lines of
+sentences and for "bad", "twist", "moral" and "end", which `tell_ending` uses. All plots share the lines of
 "frame". A scene is written in the same way under "scenes", without "cast" and "summary". It is told before the friend
 comes if it has "home": true. Its line "end", if it has one, may be told near the end of the story.
 """

@@ -234,6 +234,7 @@ CAT = "A cat sat.\n\nIt slept."
 @pytest.mark.parametrize("before, after", [(before, "") for before in (
     "", "Story: ", "Story 1:\n", "**The Cat**\n\n", "# The Cat\n", "Title: The Cat\n\nStory: ", "```\n",
     # small talk
+    "Thank you for your request! ",
     "Okay, here is a story:\n\n", "Okay, here is a story: ", "Sure! Here is your story:\n\n**Story:**\n", "Sure! ",
     "Sure! Here’s a short, simple story for you:\n\n", "*Okay, here is a story:*\n\n", "Certainly!\n\n",
     "Of course! I'd be happy to write a story for you.\n\n", "Sure, here you go:\n", "Here's my attempt:\n\n",
@@ -260,6 +261,7 @@ CAT = "A cat sat.\n\nIt slept."
     "\nFeel free to ask for more. Bye!",
     "\n\nIs there anything else I can help with?", "\n\nIf you'd like another story, just ask!", "\n\n</story>",
     "\n\nI hope this helps!", "\n\nHappy reading!", "\n\nWant another story?",
+    "\n\nIf you'd like, I can make it longer.", "\n\nIf you want me to change it, just say so.",
     "\n\n(This story uses the words jump and dog.)\n\nDo you want me to write one more?")])
 def test_thoughts_and_small_talk_never_reach_the_corpus(before, after):
     assert generate.split_answer(before + CAT + after) == (CAT, "")
@@ -307,6 +309,7 @@ def test_an_answer_that_thinks_aloud_is_rejected(thought):
     "He ran.\nWould you like another one? No, said Mia.",
     "He ran.\nI hope you enjoy the story, said Grandma, and she closed the book.",
     "They hoped the story would go on.", "A heart <3 is red.", "If you look up, I can show you the star.",
+    "I kept the words in my heart.",
     "This is the story of a 3-year-old girl. She ran.",
     "Let me tell you the story of how your dad met a bear. He ran."])
 def test_a_real_story_is_not_cut(story):
@@ -387,7 +390,7 @@ def test_a_story_rejected_twice_is_given_up_for_good(capsys):
 
 def test_usage_in_any_form_does_not_lose_the_answer():
     def behave(prompt, times):
-        usage = ({"prompt_tokens": "10", "completion_tokens": "12"}, None, {"prompt_tokens": None})[times % 3]
+        usage = ({"prompt_tokens": "10", "completion_tokens": "12"}, [1, 2], {"prompt_tokens": None})[times % 3]
         return {**good(prompt), "usage": usage}
     with Server(behave) as server:
         run(server, "--n=3", "--concurrency=1")

@@ -37,6 +37,10 @@ def test_words_and_features_stand_in_the_stories_that_have_them(labelled):
         assert len(set(record["words"])) == 3 and not missing_words(record["words"], record["story"])
     drawn = Counter(record["words"][1] for record in labelled if "Tim met" in record["story"])
     assert drawn["fox"] > drawn["day"] + 10  # "day" is in all of the 200 stories, "fox" in 50
+    label.main(["--dataset=plain", "--name=few", "--max_stories=8"])
+    with open("data/few/stories.jsonl") as file:
+        few = [json.loads(line)["story"] for line in file]
+    assert few == [labelled[i]["story"] for i in (*range(8), *range(160, 168))]
 
 
 def test_a_label_depends_on_the_story_and_the_counts_alone():

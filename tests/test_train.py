@@ -215,7 +215,7 @@ def test_the_logged_loss_is_the_mean_over_the_whole_step(in_prepared):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_resumed_equals_uninterrupted_bit_for_bit(in_prepared, monkeypatch, optimizer):
     """Stopped after 8 of 20 steps, with 4 turns a step: the same weights, optimizer state and log in the end."""
-    options = ["--max_steps=20", "--batch_size=2", f"--optimizer={optimizer}"]
+    options = ["--max_steps=20", "--batch_size=2", "--log_interval=3", f"--optimizer={optimizer}"]
     run(f"straight-{optimizer}", *options)
 
     def stop_at_8(*args, real=train.lr_multiplier, calls=[]):
@@ -233,7 +233,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(in_prepared, monkeypatch, opti
     for name in ("model", "optimizers", "rows_read"):
         assert same(a[name], b[name]), name
     assert read_log(f"straight-{optimizer}") == read_log(f"stopped-{optimizer}")
-    assert [line["step"] for line in read_log(f"straight-{optimizer}") if "train_loss" in line] == list(range(1, 21))
+    steps = [line["step"] for line in read_log(f"straight-{optimizer}") if "train_loss" in line]
+    assert steps == [3, 6, 7, 9, 12, 14, 15, 18, 20]  # evaluations are after 7 and 14 steps
 
 
 def test_after_sigkill_the_checkpoint_loads_and_the_log_has_no_gap(in_prepared):
@@ -365,7 +366,7 @@ def test_a_run_interrupted_while_it_was_scored_is_scored_when_resumed(in_prepare
     run("unscored", "--max_steps=3", "--evals=0", "--resume")
     assert "\nval_bpb: " in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(train, "trim_log", None)  # all processes of torchrun come here: none may write the log
+        patch.setattr(runs, "atomic_write", None)  # all processes of torchrun come here: none may write the log
         run("unscored", "--max_steps=3", "--evals=0", "--resume")
     assert "is finished" in capsys.readouterr().out
     with monkeypatch.context() as patch:  # made longer, its old scores do not count
