@@ -364,8 +364,8 @@ def prepare(args):
             meta[split]["bits_per_byte"] = totals[split]["bits"] / totals[split]["bytes"]
     meta["tokenizer"] = {"kind": args.tokenizer, "coverage": coverage, "sha256": file_hash(f"{new}/tokenizer.tiktoken")}
     meta["source"] = [{"file": path, "split": split, "bytes": os.path.getsize(path)} for path, split in files]
-    meta.update(field=args.field, split=args.split, val_fraction=args.val_fraction, cleaning=cleaning,
-                instruct={"hold_out": args.hold_out} if args.instruct else False)
+    meta.update(field=args.field, split=args.split, val_fraction=args.val_fraction, max_stories=args.max_stories,
+                cleaning=cleaning, instruct={"hold_out": args.hold_out} if args.instruct else False)
     with open(f"{new}/meta.json", "w") as file:
         json.dump(meta, file, indent=1)
     # Every reader starts from meta.json. It is removed first and put back last, so that it never describes other bins.
