@@ -400,10 +400,10 @@ def make_optimizers(model, args, embed_decay=0.0):
         groups.append({"params": value_embeds, "lr_scale": 4.0, "weight_decay": 3 * embed_decay})
     if args.optimizer == "adamw":
         groups.insert(0, {"params": matrices, "weight_decay": args.weight_decay})
-        return [torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95))]
+        return [torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
     _, muon_dtype = pick_device(str(model.head.weight.device))  # the fastest, whatever --dtype says
     return [Muon(matrices, muon_dtype, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9),
-            torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99))]
+            torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.7, 0.99), fused=True)]
 
 
 def lr_multiplier(progress, args):
