@@ -27,13 +27,6 @@ def test_stories_are_described_side_by_side(workplace, capsys):
     assert [text.strip() for text in table["exact copies"] if text.strip()] == ["20.00 %", "0.00 %"]
 
 
-def test_what_records_say_is_counted(workplace):
-    stories = make_stories(40)
-    write_jsonl(workplace / "a.jsonl", stories)
-    figures = corpus.describe("a.jsonl")
-    assert figures["requested words used"] == "100.0 %"
-
-
 def test_a_story_that_repeats_half_of_an_earlier_one_is_a_near_copy():
     draw = np.random.default_rng(0)
     words = ["".join(map(chr, draw.integers(97, 123, 6))) for _ in range(3000)]

@@ -301,13 +301,25 @@ def test_results_of_another_checkpoint_are_dropped(run, in_prepared, capsys):
     assert list(read_results(copy)) == ["model", "judge"] and read_results(copy)["model"]["step"] == 61
 
 
-def test_probes_are_asked_after_what_the_model_expects(workplace):
+def test_probes_are_asked_after_what_the_model_expects(workplace, monkeypatch):
     """A model that learned instructions is asked with them."""
+    monkeypatch.setattr(eval, "grade_probes", lambda subject, probes, measured: probes)
     write_jsonl(workplace / "data/tiny/s.jsonl", make_stories(60))
     prepare(["--dataset=tiny", "--instruct", "--vocab_size=300", "--val_fraction=0.2"])
     train.main(["--dataset=tiny", "--n_layer=1", "--n_embd=32", "--max_steps=1", "--evals=0", "--device=cpu",
                 "--compile=False", "--batch_tokens=256", "--out_dir=out/x"])
-    assert eval.load_subject("out/x", CPU).instruction == "Story:\n"
+    args = SimpleNamespace(probes="data/tiny/s.jsonl")  # any file
+    (_, probes), = eval.grade(eval.load_subject("out/x", CPU), ["probes"], [{"prompt": "Tim"}], args)
+    assert probes == [{"prompt": "Story:\nTim"}]
+
+
+def test_intervals_are_those_of_theory():
+    x = np.random.default_rng(1).normal(5, 2, 400)
+    value, low, high = results_file.interval(x)
+    half = 1.96 * x.std() / 20  # of the mean of 400
+    assert value == pytest.approx(x.mean())
+    assert [low, high] == pytest.approx([value - half, value + half], abs=half / 4)
+    assert results_file.interval([1, 9], [1, 3])[0] == 2.5 and results_file.interval([0], [0]) is None
 
 
 def test_skills_are_followed_over_the_steps_of_a_run(in_prepared, capsys):

@@ -216,11 +216,6 @@ def test_prompts_are_completed(theirs):
     assert first != second and len(subject.encoding.decode(first)) > 0
 
 
-def test_a_model_of_somebody_else_needs_the_name_of_a_dataset(workplace):
-    with pytest.raises(SystemExit, match="--dataset=tinystories"):
-        eval.main(["hf:some/model"])
-
-
 def test_without_transformers_the_error_says_what_to_install(workplace, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit, match="pip install transformers"):

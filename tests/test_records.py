@@ -170,11 +170,6 @@ def test_a_folder_of_stories_and_others_for_validation(workplace):
     assert [load_meta("x")[split]["stories"] for split in ("train", "val")] == [30, 20]
 
 
-def test_a_file_for_validation_alone_is_no_corpus(workplace, capsys):
-    write_jsonl(workplace / "valid.jsonl", make_stories(30))
-    assert "rename it" in error_of(prepare.main, ["--dataset=x", "--input=valid.jsonl"], capsys)
-
-
 def test_own_field_names_and_spans_reach_the_labels(workplace):
     named = [{"text": r["story"], "spans": r["spans"], "bits": r["bits"]} for r in make_stories(40)]
     (workplace / "s.json").write_text(json.dumps(named))

@@ -631,10 +631,15 @@ def test_a_computer_with_little_memory_takes_small_micro_batches(monkeypatch):
         assert train.max_micro_batch(run) == rows
 
 
-def test_other_errors_within_the_run_are_not_called_out_of_memory(in_prepared, monkeypatch):
-    monkeypatch.setattr(train, "update_weights", lambda run: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run("bug", "--max_steps=3")
+def test_both_optimizers_skip_a_step_that_overflows_in_float16(in_prepared):
+    options = [*TINY, "--dtype=float16", "--max_steps=2", "--out_dir=out/overflow"]
+    run = train.Run(train.fill_defaults(train.command_line().parse_args(options)))
+    before, scale = [p.detach().clone() for p in run.model.parameters()], run.scaler.get_scale()
+    idx = torch.zeros(2, 32, dtype=torch.int64)
+    run.scaler.scale(run.model(idx, idx).mean()).backward()
+    run.model.embed.weight.grad[0, 0] = math.inf  # AdamW's; those of Muon stay finite
+    train.update_weights(run)
+    assert same(before, list(run.model.parameters())) and run.scaler.get_scale() < scale
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -678,13 +683,6 @@ def test_data_that_is_write_protected_can_be_trained_on(in_prepared):
         run("protected", f"--max_steps={2 + len(options)}", *options)
     assert os.stat("out/protected/tokenizer.tiktoken").st_mode & 0o200
     os.chmod("data/tiny/tokenizer.tiktoken", 0o644)
-
-
-def test_a_dataset_may_be_named_by_its_folder(in_prepared):
-    options = ["--n_layer=1", "--n_embd=16", "--block_size=32", "--batch_tokens=256", "--compile=False", "--device=cpu"]
-    train.main(["--dataset=data/tiny/", *options, "--max_steps=1", "--evals=0"])
-    assert load_checkpoint("out/tiny-1x16")["datasets"] == ["tiny"]
-    train.main(["--dataset=tiny/", *options, "--max_steps=2", "--evals=0", "--resume"])
 
 
 def test_processes_wait_for_the_first_as_long_as_it_validates(monkeypatch):
@@ -735,7 +733,8 @@ def test_saving_is_left_out_of_the_speed(in_prepared, monkeypatch):
     monkeypatch.setattr(runs, "save_checkpoint", lambda checkpoint, path: time.sleep(0.05))
     monkeypatch.setattr(train, "finish", finished.append)
     run("saved", "--max_steps=8", "--evals=4", "--keep=log")
-    assert finished[0].clock.paused_seconds >= 7 * 0.05
+    # six of the pauses come before the last line of the log
+    assert finished[0].speed > 7 * 256 / (finished[0].clock.seconds() - 6 * 0.05 + 0.1)
 
 
 def test_orthogonalizing_in_float16_is_safe():
