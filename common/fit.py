@@ -19,12 +19,12 @@ def choose_batch_tokens(args, tokens, device):
     Small steps learn the most from few tokens, and a CPU takes them as fast as large ones. A GPU would be idle for most
     of a small step. A long run loses little with larger ones, so there the batch grows with the square root of its
     length, in powers of two."""
-    if device.type != "cuda" or args.max_steps:
-        return max(4096, args.block_size)
-    if args.max_minutes:
-        return 16384 if args.max_minutes > 2 else max(4096, args.block_size)
-    exponent = round(math.log2(4096 * (tokens / 5e6) ** 0.5))
-    return min(max(4096, args.block_size, 2**exponent), 65536)
+    best = 4096
+    if device.type == "cuda" and args.max_minutes > 2:
+        best = 16384
+    elif device.type == "cuda" and not (args.max_steps or args.max_minutes):
+        best = min(max(best, 2 ** round(math.log2(4096 * (tokens / 5e6) ** 0.5))), 65536)
+    return max(best, args.block_size)  # a step has at least one row
 
 
 def max_micro_batch(run):
@@ -119,5 +119,5 @@ def end_processes(run, stopped):
     run.forward = run.model  # DistributedDataParallel would keep the process group alive
     dist.destroy_process_group()
     if run.rank > 0 and not stopped:
-        # at once: Python's clean-up can abort here, by a thread of torch's, and torchrun would then end the first one too
+        # at once: Python's clean-up can abort here, by a thread of torch's, and torchrun would end the first one too
         os._exit(0)

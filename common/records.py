@@ -141,7 +141,8 @@ def detect_format(name, head, field):
         sys.exit(f"{name} is a page of HTML and no file of stories: delete it, and get the file itself")
     kind = file_format(os.path.basename(name))
     first_line = beginning.partition("\n")[0].strip()
-    is_json = {"lines": first_line == "{" or beginning.startswith(("[", '"')),  # an object on several lines, or an array
+    # lines: an object on several lines, or an array
+    is_json = {"lines": first_line == "{" or beginning.startswith(("[", '"')),
                "text": beginning.startswith('{"'), None: beginning.startswith(("[", "{"))}
     if is_json.get(kind):
         return "json"

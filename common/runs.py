@@ -124,8 +124,8 @@ class Clock:
 def open_run_folder(run):
     """Create the run's folder, copy the tokenizer into it, and start the log, or trim it for a resumed run."""
     if run.rank == 0:
-        # a checkpoint has at most three numbers of 4 bytes per weight: itself, and the two averages of AdamW; the old one
-        # stays until the new one is complete, so a new run needs room for two, and one that has a checkpoint for one more
+        # a checkpoint has at most three numbers of 4 bytes per weight: itself, and the two averages of AdamW. The old
+        # one stays until the new one is complete: a new run needs room for two, a resumed one for one more
         has_checkpoint = os.path.exists(os.path.join(run.out_dir, "ckpt.pt"))
         check_writable(run.out_dir, 12 * run.model.num_params() * (1 if has_checkpoint else 2))
         os.makedirs(run.out_dir, exist_ok=True)

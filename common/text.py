@@ -27,8 +27,8 @@ def clean_story(record):
 
 
 def fix_mojibake(story):
-    """A story with mojibake undone: everywhere, if no other character is beyond ASCII, for then the story was misread as
-    a whole; else only what begins with â€, which right text never has: quotation marks, dashes, dots."""
+    """A story with mojibake undone: everywhere, if no other character is beyond ASCII, since the story was then misread
+    as a whole; else only what begins with â€, which right text never has: quotation marks, dashes, dots."""
     story = re.sub(f"â€(?!{TAIL})\ufffd?", "â€\x9d", story)  # the third byte is lost: it was ”’s, mostly
     misread = MOJIBAKE if MOJIBAKE.sub("", story).isascii() else re.compile(f"â€{TAIL}")
     return misread.sub(lambda match: match[0].translate(TO_LATIN1).encode("latin-1").decode(), story)

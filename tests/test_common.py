@@ -335,7 +335,8 @@ def test_a_share_of_a_peak_is_only_given_for_the_card_it_belongs_to(monkeypatch)
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", None),
                        ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert device_file.peak_flops(device, torch.bfloat16) == peak and device_file.peak_flops(device, torch.float32) is None
+        assert device_file.peak_flops(device, torch.bfloat16) == peak
+        assert device_file.peak_flops(device, torch.float32) is None
 
 
 def test_bad_checkpoints_end_in_one_line(tmp_path, workplace):

@@ -285,7 +285,8 @@ def test_a_signal_in_the_last_step_ends_the_run_without_scoring(in_prepared, mon
         return real(*args)
     monkeypatch.setattr(train, "lr_multiplier", stop_at_3)
     run("last", "--max_steps=3")
-    assert "stopped at step 3 and saved" in capsys.readouterr().out and not any("final" in line for line in read_log("last"))
+    assert "stopped at step 3 and saved" in capsys.readouterr().out
+    assert not any("final" in line for line in read_log("last"))
     run("last", "--max_steps=3", "--resume")
     assert read_log("last")[-1]["final"]
 
