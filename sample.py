@@ -337,6 +337,8 @@ def main(argv=None):
     if args.best_of > 1 and not (args.words or args.features or args.summary):
         sys.exit("--best_of chooses by instructions: add --words, --features or --summary, or leave it out")
     device, dtype = pick_device(args.device, args.dtype)
+    if args.run and args.out_dir:
+        sys.exit(f"name the run once: leave out {args.run} or --out_dir={args.out_dir}")
     run = args.run or args.out_dir or newest_run()
     model, checkpoint, encoding = load_run(run, device)
     model = model.to(dtype)

@@ -140,6 +140,7 @@ def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, expected", [
     (["--out_dir=out/none"], "no checkpoint out/none/ckpt.pt: choose from "),
+    (["out/a", "--out_dir=out/b"], "leave out out/a or --out_dir=out/b"),
     (["--temperature=-1"], "--temperature=-1.0 must be at least 0"),
     (["--top_p=0"], "--top_p=0.0 must be at least"),
     (["--interactive", "--prompt=Tim"], "ask for each beginning: leave out"),
