@@ -156,7 +156,7 @@ def grade_loss(subject, dataset):
                "stories longer than the context": int((n_tokens > subject.model.config.block_size).sum())}
     if altered:  # so the bits are those of another text; only tokenizers of others do that
         figures["stories that its tokenizer alters"] = altered
-    if "bits_per_byte" in meta["val"]:  # the entropy of the generator, below which no model can get
+    if "bits_per_byte" in meta["val"]:  # the cost of the generator's choices, about the best that any model can reach
         figures["val_bpb of the world's own choices"] = meta["val"]["bits_per_byte"]
     if own_tokenizer and os.path.exists(os.path.join("data", dataset, "val.skills.bin")):
         figures.update(loss_by_skill(dataset, tokens, nats, starts))

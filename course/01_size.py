@@ -7,32 +7,25 @@ are graded on spans (words of held-out stories of the world that need one skill)
 from lesson import command_line, grade, run_main, train
 
 SHAPES = [(1, 16), (1, 64), (4, 64), (4, 128)]  # (layers, channels)
-EXPERIMENTS = {
-    "world": {"prefix": "size", "only": "loss,spans,steps"},
-    "tinystories": {"prefix": "real-size", "only": "loss,probes,steps"},
-}
 
 
 def main(argv=None):
-    parser = command_line(__doc__)
-    parser.option("dataset", "world", "what to train on", choices=list(EXPERIMENTS))
-    args = parser.parse_args(argv)
-    experiment = EXPERIMENTS[args.dataset]
+    args = command_line(__doc__, real=True).parse_args(argv)
+    real = args.dataset == "tinystories"
     runs = []
     for seed in args.seeds:
         for n_layer, n_embd in SHAPES:
             runs.append(train(
-                out_dir=f"out/{experiment['prefix']}-{n_layer}x{n_embd}-{seed}",
+                out_dir=f"out/{'real-' if real else ''}size-{n_layer}x{n_embd}-{seed}",
                 dataset=args.dataset,
                 n_layer=n_layer,
                 n_embd=n_embd,
                 seed=seed,
                 max_tokens=2_500_000,
                 max_steps=args.max_steps,
-                evals=0,
                 keep="log",  # keep the weights of steps 1, 2, 4, 8, …
             ))
-    grade(runs, only=experiment["only"])
+    grade(runs, only="loss,probes,steps" if real else "loss,spans,steps")
 
 
 if __name__ == "__main__":

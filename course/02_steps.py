@@ -4,24 +4,20 @@ The largest model of lesson 1 (the same runs, if they are there), graded at its 
 """
 from lesson import command_line, grade, run_main, train
 
-PREFIX = {"world": "size", "tinystories": "real-size"}  # of the runs' folders, as in lesson 1
-
 
 def main(argv=None):
-    parser = command_line(__doc__)
-    parser.option("dataset", "world", "what to train on", choices=list(PREFIX))
-    args = parser.parse_args(argv)
+    args = command_line(__doc__, real=True).parse_args(argv)
+    prefix = "real-" if args.dataset == "tinystories" else ""
     runs = []
     for seed in args.seeds:
         runs.append(train(
-            out_dir=f"out/{PREFIX[args.dataset]}-4x128-{seed}",
+            out_dir=f"out/{prefix}size-4x128-{seed}",
             dataset=args.dataset,
             n_layer=4,
             n_embd=128,
             seed=seed,
             max_tokens=2_500_000,
             max_steps=args.max_steps,
-            evals=0,
             keep="log",  # keep the weights of steps 1, 2, 4, 8, …
         ))
     grade(runs, only="steps")

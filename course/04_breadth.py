@@ -34,7 +34,6 @@ def main(argv=None):
                     seed=seed,
                     max_tokens=tokens,
                     max_steps=args.max_steps,
-                    evals=0,
                 ))
     grade(runs, dataset="world", only="loss,spans")
 

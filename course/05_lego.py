@@ -38,7 +38,6 @@ def main(argv=None):
                     max_tokens=experiment["max_tokens"],
                     seed=seed,
                     max_steps=args.max_steps,
-                    evals=0,
                 ))
         grade(runs, only="spans", context=80)  # room for the longer chains
 

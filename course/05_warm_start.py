@@ -6,8 +6,7 @@ others see of both.
 """
 from lesson import command_line, grade, prepare, run_main, train, write_world
 
-MODEL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "embed_std": 1, "lr": 0.02, "block_size": 40, "batch_tokens": 4000,
-         "evals": 0}
+MODEL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "embed_std": 1, "lr": 0.02, "block_size": 40, "batch_tokens": 4000}
 
 
 def main(argv=None):

@@ -5,22 +5,15 @@ positions cannot be read with 512). No smear, which would tell every model about
 """
 from lesson import command_line, grade, run, run_main, train
 
-EXPERIMENTS = {
-    "world": {"prefix": "pos", "only": "loss,spans"},
-    "tinystories": {"prefix": "real-pos", "only": "loss,probes"},
-}
-
 
 def main(argv=None):
-    parser = command_line(__doc__)
-    parser.option("dataset", "world", "what to train on", choices=list(EXPERIMENTS))
-    args = parser.parse_args(argv)
-    experiment = EXPERIMENTS[args.dataset]
+    args = command_line(__doc__, real=True).parse_args(argv)
+    real = args.dataset == "tinystories"
     runs, longer = [], []
     for seed in args.seeds:
         for pos in ("rope", "alibi", "learned", "none"):
             out_dir = train(
-                out_dir=f"out/{experiment['prefix']}-{pos}-{seed}",
+                out_dir=f"out/{'real-' if real else ''}pos-{pos}-{seed}",
                 dataset=args.dataset,
                 pos=pos,
                 n_layer=4,
@@ -30,14 +23,13 @@ def main(argv=None):
                 seed=seed,
                 max_tokens=2_500_000,
                 max_steps=args.max_steps,
-                evals=0,
             )
             runs.append(out_dir)
             if pos != "learned":
                 longer.append(out_dir)
 
     run("lab.interpret", *runs)
-    grade(runs, only=experiment["only"])
+    grade(runs, only="loss,probes" if real else "loss,spans")
     grade(longer, context=512, only="loss")
 
 

@@ -81,7 +81,7 @@ def main(argv=None):
     write_world("world", n=30_000)
     prepare("world")
     for seed in args.seeds:
-        run = train(f"out/excluding-{seed}", n_head=8, seed=seed, max_steps=args.max_steps, evals=0)
+        run = train(f"out/excluding-{seed}", n_head=8, seed=seed, max_steps=args.max_steps)
         table, leads = look_for_exclusion(run)
         print(f"\n{run}: % of spans passed")
         for kind in table["intact"]:

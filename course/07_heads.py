@@ -21,7 +21,6 @@ def main(argv=None):
                 seed=seed,
                 max_tokens=2_500_000,
                 max_steps=args.max_steps,
-                evals=0,
             ))
     run("lab.interpret", *runs)
     grade(runs, only="loss")

@@ -14,7 +14,7 @@ def main(argv=None):
     prepare("asked", input="data/world", tokenizer="world", instruct=True, hold_out="words+summary")
     runs = []
     for seed in args.seeds:
-        same = {"n_head": 8, "seed": seed, "max_steps": args.max_steps, "evals": 0}
+        same = {"n_head": 8, "seed": seed, "max_steps": args.max_steps}
         known = train(f"out/excluding-{seed}", **same)
         runs.append(train(f"out/asked-{seed}", dataset="asked", max_tokens=10_000_000, init_from=known, **same))
     run("lab.completions", *runs, max_tokens=300)

@@ -21,7 +21,6 @@ def main(argv=None):
                     seed=seed,
                     max_flops=flops,
                     max_steps=args.max_steps,
-                    evals=0,
                 ))
     grade(runs, only="loss")
 

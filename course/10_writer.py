@@ -62,7 +62,7 @@ def main(argv=None):
         for name in ("naive", "varied", "real"):
             prepare(f"{own}-{name}", tokenizer="tinystories", val_fraction=0.1, clean=not args.max_steps)
             runs.append(train(f"out/from-{name}-{seed}", dataset=f"{own}-{name}", n_embd=64, max_tokens=1_000_000,
-                              seed=seed, max_steps=args.max_steps, evals=0))
+                              seed=seed, max_steps=args.max_steps))
     grade(runs, dataset="tinystories", only="loss")
 
 

@@ -28,11 +28,11 @@ def main(argv=None):
     runs = []
     for seed in args.seeds:
         for name, switches in RUNGS.items():
-            options = {"dataset": "tinystories", "max_minutes": 1, "evals": 0, "seed": seed, **switches}
+            options = {"dataset": "tinystories", "max_minutes": 1, "seed": seed, **switches}
             runs.append(train(f"out/rung-{name}-{seed}", max_steps=args.max_steps, **options))
     if 1 in args.seeds:
-        train("out/rung-long-1", dataset="tinystories", max_tokens=6_000_000, evals=0, seed=1,
-              max_steps=args.max_steps, **RUNGS["4-rate"])
+        train("out/rung-long-1", dataset="tinystories", max_tokens=6_000_000, seed=1, max_steps=args.max_steps,
+              **RUNGS["4-rate"])
     grade(runs, only="loss")
 
 

@@ -71,7 +71,7 @@ def main(argv=None):
 
     at_home, abroad = [], []
     for seed in args.seeds:
-        same = {**MODEL, "seed": seed, "max_steps": args.max_steps, "evals": 0}
+        same = {**MODEL, "seed": seed, "max_steps": args.max_steps}
         known = train(f"out/known-{seed}", dataset="world", max_tokens=5_000_000, **same)
         moved = train(f"out/moved-{seed}", dataset="swapped", max_tokens=1_000_000, init_from=known, **same)
         fresh = train(f"out/fresh-{seed}", dataset="swapped", max_tokens=1_000_000, **same)

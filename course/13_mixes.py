@@ -25,7 +25,7 @@ def main(argv=None):
     for seed in args.seeds:
         for name, (tokens, dataset) in MIXES.items():
             runs.append(train(f"out/mix-{name}-{seed}", dataset=dataset, max_tokens=tokens, seed=seed,
-                              max_steps=args.max_steps, evals=0))
+                              max_steps=args.max_steps))
     grade(runs, dataset="tinystories", only="probes", probes=BEGINNINGS)
     grade(runs, dataset="tinystories", only="loss,probes")
     grade(runs, dataset="told", only="spans")

@@ -16,7 +16,7 @@ def main(argv=None):
 
     runs = []
     for seed in args.seeds:
-        same = {"n_layer": 4, "n_embd": 64, "seed": seed, "max_steps": args.max_steps, "evals": 0}
+        same = {"n_layer": 4, "n_embd": 64, "seed": seed, "max_steps": args.max_steps}
         real = train(f"out/real-{seed}", dataset="tinystories", max_tokens=REAL, **same)
         told = train(f"out/told-{seed}", dataset="told", max_tokens=WORLD, **same)
         runs += [real, told,

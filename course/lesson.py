@@ -13,9 +13,12 @@ sys.path.insert(0, ROOT)
 from common import CommandLine, run_main  # noqa: E402, F401 (the scripts import run_main from here)
 
 
-def command_line(description):
-    """The options of every lesson that trains. `description` is the script's docstring."""
+def command_line(description, real=False):
+    """The options of every lesson that trains. `description` is the script's docstring; `real` is whether the lesson
+    can be repeated on real stories."""
     parser = CommandLine(description.splitlines()[0])
+    if real:
+        parser.option("dataset", "world", "what to train on", choices=["world", "tinystories"])
     parser.option("seeds", "1,2,3", "seeds to train, separated by commas", type=comma_separated)
     parser.option("max_steps", 0, "steps of every run, for a quick look in out/quick (0: as the lesson says)", low=0)
     return parser
@@ -51,14 +54,15 @@ def start_process(stage, arguments):
 
 
 def train(out_dir, max_steps=0, **options):
-    """Train a model, or resume a run that was stopped (a finished one is left as it is). Returns the run's folder."""
+    """Train a model, or resume a run that was stopped (a finished one is left as it is). Returns the run's folder.
+    There are no evaluations on the way, since they cost time."""
     if max_steps:
         out_dir = f"out/quick/{os.path.basename(out_dir)}"  # kept apart from runs of full length
         limits = ("max_tokens", "max_flops", "max_minutes")
         options = {name: value for name, value in options.items() if name not in limits} | {"max_steps": max_steps}
     if os.path.exists(f"{out_dir}/ckpt.pt"):
         options["resume"] = True
-    run("train.py", out_dir=out_dir, **options)
+    run("train.py", out_dir=out_dir, **{"evals": 0, **options})
     return out_dir
 
 

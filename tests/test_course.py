@@ -155,9 +155,9 @@ def test_a_run_that_exists_is_resumed_and_a_quick_look_has_a_folder_of_its_own(w
     assert lesson.train("out/a", max_tokens=100) == "out/a"
     assert lesson.train("out/b", max_tokens=100) == "out/b"
     assert lesson.train("out/a", max_tokens=100, max_steps=5) == "out/quick/a"
-    assert commands == [["--out_dir=out/a", "--max_tokens=100", "--resume=True"],
-                        ["--out_dir=out/b", "--max_tokens=100"],
-                        ["--out_dir=out/quick/a", "--max_steps=5"]]
+    assert commands == [["--out_dir=out/a", "--evals=0", "--max_tokens=100", "--resume=True"],
+                        ["--out_dir=out/b", "--evals=0", "--max_tokens=100"],
+                        ["--out_dir=out/quick/a", "--evals=0", "--max_steps=5"]]
 
 
 def test_a_stage_that_fails_ends_the_script(tmp_path):
