@@ -418,6 +418,8 @@ def main(argv=None):
     if graded:
         print("in brackets: 95 % intervals. Accuracies are shares passed: spans and probes differ in difficulty")
         print(f"side by side, and with charts: python -m lab.compare {' '.join(dict.fromkeys(graded))}")
+    elif args.only == "steps":
+        sys.exit("no weights of single steps were kept: train with --keep=log")
 
 
 if __name__ == "__main__":

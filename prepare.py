@@ -13,7 +13,7 @@ other formats are first converted to JSON lines. common/records.py reads files o
 and common/tokenizer.py makes the tokenizer.
 """
 # first, so that an old Python, or Ctrl-C while the rest is imported, ends in one line
-from common import CommandLine, ignore_ctrl_c, run_main
+from common import CommandLine, ignore_ctrl_c, run_main, stop_signals
 
 import base64
 import contextlib
@@ -22,7 +22,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
@@ -67,14 +66,10 @@ def run_workers(function, tasks, title, workers=None):
     workers = workers or min(61, usable_cpus())  # Windows allows 61
     # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them.
     pool = ProcessPoolExecutor(workers, initializer=ignore_ctrl_c)
-    # Python can lose a KeyboardInterrupt while it forks. So until the workers run, Ctrl-C is only recorded, and raised
-    # after that.
-    interrupts = []
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
-        results = pool.map(function, *zip(*tasks))
-        signal.signal(signal.SIGINT, handler)
-        if interrupts:
+        with stop_signals() as signals:  # Python can lose a KeyboardInterrupt while it forks
+            results = pool.map(function, *zip(*tasks))
+        if signals:
             raise KeyboardInterrupt
         yield from tqdm(zip(tasks, results), title, len(tasks), unit="chunk", disable=None)
     except BrokenProcessPool:
@@ -419,8 +414,9 @@ def main(argv=None):
                   type=int, low=1, high=61)
     args = parser.parse_args(argv)
 
-    if not re.fullmatch(r"[^/\\]+", args.dataset):
-        sys.exit(f"--dataset={args.dataset} must name a folder under data/: name files elsewhere with --input")
+    if not re.fullmatch(r"[^/\\,:]+", args.dataset):  # train.py mixes a:1,b:2
+        sys.exit(f"--dataset={args.dataset} must name a folder under data/, and have no comma and no colon: name "
+                 "files elsewhere with --input")
     if args.input and args.dataset == "world":
         sys.exit("--input needs a name for its stories: add --dataset=NAME (world is the built-in world's)")
     if args.version and args.input:

@@ -52,7 +52,7 @@ def find_sources(args, folder):
     The split is what the file's name says, see split_of(), or "published" for the published validation files beside
     the archive: their stories are kept out of train. Files that are called test are left out."""
     paths = source_paths(args, folder)
-    refuse_two_versions(paths, folder, args.version or 1)
+    refuse_two_versions(paths, folder, args.version)
     for path in paths:
         if args.version and not os.path.exists(path):
             download(f"{args.url}/{os.path.basename(path)}", path, GZIP if path.endswith(ARCHIVE) else EOT.encode())
@@ -107,18 +107,20 @@ def split_of(path):
 
 
 def refuse_two_versions(paths, folder, version):
-    """End the program if two versions of TinyStories would meet in one dataset: in the files to read, in the texts in
-    its folder, or in the texts that its current bins were made from. The message shows how to prepare `version`."""
-    names = " ".join([*paths, *glob.glob("*.txt*", root_dir=folder), *glob.glob("*.tar.gz", root_dir=folder)])
-    if os.path.exists(f"{folder}/meta.json"):
-        with open(f"{folder}/meta.json") as file:
-            names += file.read()
+    """End the program if two versions of TinyStories would meet in one dataset: in the files to read or, if `version`
+    is to be downloaded, with the texts in its folder, or those that its current bins were made from."""
+    names = " ".join(paths)
+    if version:
+        names += " ".join([*glob.glob("*.txt*", root_dir=folder), *glob.glob("*.tar.gz", root_dir=folder)])
+        if os.path.exists(f"{folder}/meta.json"):
+            with open(f"{folder}/meta.json") as file:
+                names += file.read()
     archive = ARCHIVE in names  # a published validation file may lie beside it
     versions = [number for number, (train, valid) in VERSIONS.items()
                 if train in names or valid in names and not archive]
     versions += ["all"] if archive else []
     if len(versions) > 1:
-        mixed = " and ".join(map(str, versions))
+        mixed, version = " and ".join(map(str, versions)), version or 1
         name = "tinystories-all" if version == "all" else f"tinystories-v{version}"
         sys.exit(f"{folder} would mix versions {mixed} of TinyStories: prepare each as a dataset of its own, with "
                  f"python prepare.py --dataset={name} --version={version}")
@@ -219,9 +221,12 @@ def parse_line(line, number, field="story"):
         if EOT in record["story"]:
             return {"story": None, "why": f"has {EOT} inside: split it into stories", "line": number, "text": line}
         spans = record.get("spans") or []
-        if isinstance(spans, list) and all(isinstance(span, dict) and SPAN <= span.keys() for span in spans):
+        if isinstance(spans, list) and all(
+                isinstance(span, dict) and SPAN <= span.keys() and type(span["start"]) is type(span["end"]) is int
+                for span in spans):
             return record
-        why = f'has "spans" that are no list of objects with {", ".join(sorted(SPAN))}: correct or delete it'
+        why = (f'has "spans" that are no list of objects with {", ".join(sorted(SPAN))}, of which start and end are '
+               'whole numbers: correct or delete it')
     except UnicodeEncodeError:
         half = re.search("[\ud800-\udbff]", record["story"])  # the other half can also stand for a byte
         why = "has half a surrogate pair: correct or delete it" if half else NOT_UTF8

@@ -147,6 +147,6 @@ def print_section(title, figures):
     figures = dict(figures)
     measured = figures.pop("measured with", "")
     print(f"{title} ({measured})" if measured else title)
-    width = max(map(len, figures)) + 2
+    width = max(map(len, figures), default=0) + 2
     for name, value in figures.items():
         print(f"  {name:{width}}{format_figure(name, value)}")

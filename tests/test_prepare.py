@@ -557,7 +557,7 @@ def test_bad_input_ends_in_one_line(workplace, file, content, expected, capsys):
 def test_broken_records_are_dropped_counted_and_shown(workplace, monkeypatch, capsys):
     lines = [json.dumps({"story": r["story"]}).encode() for r in make_stories(60)]
     lines[7:7] = [b'{"story": null}', b'{"story": "\\ud83d half"}', b'{"story": "cut', b"[1]", b'{"story": "caf\xe9"}',
-                  b"null"]
+                  b"null", b'{"story": "a cat", "spans": [{"start": "2", "end": 5, "skill": "fact", "wrong": "dog"}]}']
     (workplace / "s.jsonl").write_bytes(b"\n".join(lines))
     (workplace / "s.json").write_bytes(b"[" + b",\n".join(lines) + b"]")
     for chunk_bytes, name, place in (1000, "s.jsonl", "line"), (10**6, "s.json", "story"):
@@ -565,7 +565,7 @@ def test_broken_records_are_dropped_counted_and_shown(workplace, monkeypatch, ca
         prepare.main(["--dataset=x", f"--input={name}", "--val_fraction=0.2"])
         assert sorted(read_back("x", "train") + read_back("x", "val")) == sorted(r["story"] for r in make_stories(60))
         output = capsys.readouterr()
-        assert " 6 broken: removed" in output.out or name == "s.json"
+        assert " 7 broken: removed" in output.out or name == "s.json"
         assert f"{name} {place} 8 has no text" in output.err and f"{place} 9 has half a surrogate" in output.err
 
 
@@ -596,6 +596,7 @@ def test_input_that_is_not_there_ends_in_one_line(workplace, capsys):
     (["--tokenizer=a", "--vocab_size=600"], "leave --vocab_size out"),
     (["--dataset=/some/path"], "must name a folder under data/"),
     (["--dataset=a/x"], "must name a folder under data/"),
+    (["--dataset=a:1,b"], "must name a folder under data/"),  # train.py could not name it
     (["--dataset="], "must name a folder"),
 ])
 def test_options_that_make_no_sense_end_in_one_line(workplace, arguments, expected, capsys):
@@ -862,6 +863,15 @@ def test_a_folder_with_both_versions_of_tinystories_is_no_input(tinystories, wor
     line = error_of(prepare.main, ["--dataset=both", f"--input={workplace / 'served'}"], capsys)
     assert "mix versions 1 and 2" in line and "--dataset=tinystories-v1" in line
     assert not os.path.exists("data/both")
+
+
+def test_a_part_of_one_version_of_tinystories_may_take_the_place_of_a_part_of_another(tinystories, workplace):
+    for number, (train, valid) in records.VERSIONS.items():
+        os.makedirs(f"v{number}")
+        for name in (train, valid):
+            os.rename(workplace / "served" / name, f"v{number}/{name}")
+        prepare.main(["--dataset=part", f"--input=v{number}", "--max_stories=50"])
+        assert load_meta("part")["source"][0]["file"] == f"v{number}/{train}"
 
 
 def test_own_stories_do_not_replace_the_world(workplace, capsys):
