@@ -28,8 +28,8 @@ from sample import generate
 
 
 def words_of(text):
-    """The words of a text in lower case. "don't" is one word."""
-    return regex.findall(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[{SPACELESS}]]+(?:['’][\w--[{SPACELESS}]]+)*", text.lower())
+    """The words of a text, without numbers and with their capitals. "don't" is one word."""
+    return regex.findall(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[\d_{SPACELESS}]]+(?:['’][\w--[\d_{SPACELESS}]]+)*", text)
 
 
 def ngrams(words, n):
@@ -79,7 +79,7 @@ def grade_completions(subject, completions, max_tokens):
     prompt are alike."""
     ended, n_words, repeated, n_fourgrams, texts = [], [], [], [], []
     for group in completions:
-        words = [words_of(subject.encoding.decode(ids)) for ids in group]
+        words = [words_of(subject.encoding.decode(ids).lower()) for ids in group]
         fourgrams = [ngrams(text, 4) for text in words]
         texts += words
         ended.append(np.mean([len(ids) < max_tokens for ids in group]))
@@ -147,7 +147,7 @@ def feature_tests(dataset, n=8_000):
     for source in meta["source"]:
         if os.path.isfile(source["file"]) and file_format(os.path.basename(source["file"])) != "text":
             records = read_records(source["file"], meta.get("field", "story"))
-            stories += [(details(record)["features"], record["story"], set(ngrams(words_of(record["story"]), 4)))
+            stories += [(details(record)["features"], record["story"], fourgrams_of(record["story"]))
                         for record in islice(records, n - len(stories))]
     everywhere = Counter(fourgram for *_, fourgrams in stories for fourgram in fourgrams)
     tests = {}
@@ -162,8 +162,12 @@ def feature_tests(dataset, n=8_000):
     return tests
 
 
+def fourgrams_of(story):
+    return set(ngrams(words_of(story.lower()), 4))
+
+
 def has_sign(signs, story):
-    return not signs.isdisjoint(ngrams(words_of(story), 4))
+    return not signs.isdisjoint(fourgrams_of(story))
 
 
 def instructions_followed(requests, stories, tests):

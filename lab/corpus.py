@@ -10,7 +10,6 @@ import zlib
 from collections import Counter
 
 import numpy as np
-import regex
 from tqdm import tqdm
 
 from common import CommandLine, run_main
@@ -19,7 +18,7 @@ from common.device import pick_device
 from common.records import details, file_format, read_records
 from common.results import add_section, interval, load_subject, print_section
 from common.runs import newest_run
-from common.text import SPACELESS, fingerprint
+from common.text import fingerprint
 from common.tokenizer import load_tokenizer
 from generate import missing_words
 from lab.compare import print_table
@@ -29,11 +28,6 @@ from lab.completions import complete, ngrams, pick_stories, words_of
 # diversity: each measurement takes all records of a file, as a list in memory, and returns {figure: text}
 
 
-def alphabetic_words(text):
-    """The words of a text, without numbers and with their capitals."""
-    return regex.findall(rf"(?V1)[{SPACELESS}]\p{{M}}*|[\w--[\d_{SPACELESS}]]+(?:['’][\w--[\d_{SPACELESS}]]+)*", text)
-
-
 def percent(count, total):
     return f"{100 * count / total:.2f} %"
 
@@ -41,7 +35,7 @@ def percent(count, total):
 def size(records):
     words = Counter()
     for record in records:
-        words.update(alphabetic_words(record["story"].lower()))
+        words.update(words_of(record["story"].lower()))
     return {"stories": f"{len(records):,}", "words a story": f"{words.total() / len(records):.0f}",
             "distinct words": f"{len(words):,}"}
 
@@ -56,7 +50,7 @@ def copies(records):
     near = 0
     first_story = {}  # {hash of an 8-gram: number of the first story that has it}
     for number, record in enumerate(records):
-        hashes = [zlib.crc32(" ".join(gram).encode()) for gram in ngrams(alphabetic_words(record["story"].lower()), 8)]
+        hashes = [zlib.crc32(" ".join(gram).encode()) for gram in ngrams(words_of(record["story"].lower()), 8)]
         sample = [value for value in hashes if value % 16 == 0]
         shared = Counter(first_story[value] for value in sample if value in first_story)
         if max(shared.values(), default=0) > len(sample) / 2:
@@ -71,7 +65,7 @@ def openings(records):
     """The commonest first sentence and first four words: a model that writes a corpus falls into a few of them."""
     stories = [record["story"] for record in records]
     sentences = Counter(re.split(r"(?<=[.!?])[\"”]?\s", story.strip(), maxsplit=1)[0] for story in stories)
-    beginnings = Counter(" ".join(alphabetic_words(story)[:4]) for story in stories)
+    beginnings = Counter(" ".join(words_of(story)[:4]) for story in stories)
     (words, count), = beginnings.most_common(1)
     return {"most common first sentence": percent(max(sentences.values()), len(stories)),
             "most common opening": f"{words} {percent(count, len(stories))}"}
@@ -82,7 +76,7 @@ def names(records):
     stories_with, lower_case = Counter(), Counter()
     for record in records:
         stories_with.update(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", record["story"])))
-        lower_case.update(word for word in alphabetic_words(record["story"]) if word.islower())
+        lower_case.update(word for word in words_of(record["story"]) if word.islower())
     common = [(name, count) for name, count in stories_with.most_common() if lower_case[name.lower()] < count / 10]
     return {f"name {i}": f"{name} {percent(count, len(records))}" for i, (name, count) in enumerate(common[:3], 1)}
 
@@ -94,7 +88,7 @@ def distinct_ngrams(records):
     for record in records:
         if n_words >= 100_000:
             break
-        words = alphabetic_words(record["story"].lower())
+        words = words_of(record["story"].lower())
         n_words += len(words)
         for n in distinct:
             distinct[n].update(ngrams(words, n))
@@ -183,8 +177,8 @@ def complete_stories(subject, dataset, split, max_tokens, n_stories=100):
 
 def rouge2_precision(texts, endings):
     """The share of the bigrams of words of texts that the true endings also have (Rouge-2, Lin 2004)."""
-    bigrams = [Counter(ngrams(words_of(text), 2)) for text in texts]
-    true_bigrams = [Counter(ngrams(words_of(text), 2)) for text in endings]
+    bigrams = [Counter(ngrams(words_of(text.lower()), 2)) for text in texts]
+    true_bigrams = [Counter(ngrams(words_of(text.lower()), 2)) for text in endings]
     shared = [(a & b).total() for a, b in zip(bigrams, true_bigrams)]
     return interval(shared, [counts.total() for counts in bigrams])
 
