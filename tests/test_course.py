@@ -80,7 +80,7 @@ def classroom(prepared_world, monkeypatch):
     ("07_heads", [], "inside-4x128-1", ["loss on tinystories", "heads", "neurons"]),
     ("08_instructions", [], "asked-1", ["instructions of asked", "loss on asked"]),
     ("09_compute", [], "budget-1e13-4x128-1", ["loss on world"]),
-    ("11_speed", [], "rung-10-vocabulary-1", ["loss on small"]),
+    ("11_speed", [], "rung-7-gain-value-embeds-1", ["loss on tinystories"]),
     ("12_names", [], "moved-1", ["loss on swapped", "spans of swapped"]),
     ("13_transfer", [], "told-then-real-1", ["loss on tinystories", "probes", "spans of told"]),
     ("13_mixes", [], "mix-third-1", ["loss on tinystories", "probes", "spans of told"]),
