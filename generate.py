@@ -163,7 +163,7 @@ AFTER_STORY = [
     r"(?:please )?(?:let me know|feel free)\b(?![^\n]*\b(?:said|asked|cried|told)\b)",
     r"is there anything (?:else )?(?:you|i)\b",
     r"(?:i )?hope (?:you|this|that|it|the)\b[^.!?\n]*\b(?:story|tale|enjoyed (?:it|this|reading)|request)\b"
-    r"(?![^\n]*\b(?:said|asked|cried|told|wrote)\b)",
+    r"(?![^\n]*\b(?:said|asked|cried|told|(?:he|she|they|it) wrote)\b)",
     r"(?:i )?hope (?:this helps|you (?:like|enjoy) (?:it|this)(?=\W*\Z))|happy reading\b|want another\b",
     r"if you\b[^.!?\n]*\b(?:let me know|feel free|another story|i (?:can|could) (?:write|make|add|change|continue)"
     r"|me to (?:write|make|add|change))\b(?![^\n]*\b(?:said|asked|told)\b)",
@@ -171,7 +171,7 @@ AFTER_STORY = [
     r"(?:(?:this|the) story|i(?:'ve| have)?) (?:uses|used|includes|included|contains|incorporated|has)\b[^.!?\n]*"
     r"\b(?:the words?|requested|required|\d+ words)\b",
     r"(?:note|word count)\b[^\n]*:[^\n]*(?:\b(?:story|words?)\b|\d)",
-    r"(?:words|features) used[*_ ]*:",
+    r"(?:words|features) used\b[^.!?\n]*[:–]",
     r"enjoy(?: the story)?!(?![^\n]*\b(?:said|asked|cried)\b)"]
 # What no story for children has. If it is still there when the rest is taken off, the whole answer is rejected.
 NO_STORY = "|".join([

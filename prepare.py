@@ -22,6 +22,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -67,10 +68,10 @@ def run_workers(function, tasks, title, workers=None):
     # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them.
     pool = ProcessPoolExecutor(workers, initializer=ignore_ctrl_c)
     try:
-        with stop_signals() as signals:  # Python can lose a KeyboardInterrupt while it forks
+        with stop_signals() as signals:  # Python can lose a KeyboardInterrupt while it forks, so it is raised afterwards
             results = pool.map(function, *zip(*tasks))
         if signals:
-            raise KeyboardInterrupt
+            signal.raise_signal(signals[0])
         yield from tqdm(zip(tasks, results), title, len(tasks), unit="chunk", disable=None)
     except BrokenProcessPool:
         sys.exit(f"a worker process was killed, probably since memory ran out: try --workers={max(1, workers // 2)}")

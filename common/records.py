@@ -107,8 +107,8 @@ def split_of(path):
 
 
 def refuse_two_versions(paths, folder, version):
-    """End the program if two versions of TinyStories would meet in one dataset: in the files to read or, if `version`
-    is to be downloaded, with the texts in its folder, or those that its current bins were made from."""
+    """End the program if two versions of TinyStories would meet in one dataset. They meet in the files to read; if
+    `version` is to be downloaded, also in the folder that has texts, or bins made from texts, of another one."""
     names = " ".join(paths)
     if version:
         names += " ".join([*glob.glob("*.txt*", root_dir=folder), *glob.glob("*.tar.gz", root_dir=folder)])
@@ -225,8 +225,8 @@ def parse_line(line, number, field="story"):
                 isinstance(span, dict) and SPAN <= span.keys() and type(span["start"]) is type(span["end"]) is int
                 for span in spans):
             return record
-        why = (f'has "spans" that are no list of objects with {", ".join(sorted(SPAN))}, of which start and end are '
-               'whole numbers: correct or delete it')
+        why = (f'has "spans" that are not a list of objects with {", ".join(sorted(SPAN))} (start and end whole '
+               'numbers): correct or delete it')
     except UnicodeEncodeError:
         half = re.search("[\ud800-\udbff]", record["story"])  # the other half can also stand for a byte
         why = "has half a surrogate pair: correct or delete it" if half else NOT_UTF8

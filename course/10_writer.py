@@ -47,7 +47,7 @@ def main(argv=None):
         run("lab.label", dataset="tinystories", name="real-labelled", max_stories=SAMPLE)
     prepare("real-labelled", instruct=True, tokenizer="tinystories")
     writer = train("out/writer", dataset="real-labelled", size="3M", block_size=512, lr=0.02, max_tokens=48_000_000,
-                   max_steps=args.max_steps)
+                   max_steps=args.max_steps, evals=10)  # each saves it: it takes an hour
     # a quick look has corpora of its own, of an untrained writer, who ends no story
     own, n_stories = ("quick", 40) if args.max_steps else ("own", N_STORIES)
 

@@ -55,7 +55,7 @@ def start_process(stage, arguments):
 
 def train(out_dir, max_steps=0, **options):
     """Train a model, or resume a run that was stopped (a finished one is left as it is). Returns the run's folder.
-    There are no evaluations on the way, since they cost time."""
+    There are no evaluations on the way, which take time, and so no checkpoints either."""
     if max_steps:
         out_dir = f"out/quick/{os.path.basename(out_dir)}"  # kept apart from runs of full length
         limits = ("max_tokens", "max_flops", "max_minutes")

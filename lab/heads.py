@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from lab.inside import FIRST, KINDS, NOUN, attention_logits, progress
 
-NEAREST = 64  # of each query, the attention logits for so many nearest keys are explained
-MIN_EXPLAINED = 0.2  # a head has a type, distance or words, if that explains at least this share of their variance,
-MIN_RATIO = 2  # and at least this many times as much as the other type does
+NEAREST = 64  # only the attention logits of each query for so many nearest keys are explained
+MIN_EXPLAINED = 0.2  # distance, or words, is a head's type if it explains at least this share of their variance,
+MIN_RATIO = 2  # and at least this many times as much as the other
 HEAD_FIGURES = {  # what they mean; attention is taken without <|endoftext|>, scaled to sum to 1 over the other keys
     "type": f"distance or words, if that explains at least {MIN_EXPLAINED} of the variance and at least {MIN_RATIO} "
             "times as much as the other; else mixed",

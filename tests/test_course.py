@@ -74,7 +74,7 @@ def classroom(prepared_world, monkeypatch):
     ("03_depth", [], "depth-8x44-1", ["loss on world", "spans of world"]),
     ("03_depth", ["--dataset=tinystories"], "real-depth-1x128-1", ["loss on tinystories", "probes"]),
     ("04_breadth", [], "broad-longer-4x32-1", ["loss on world", "spans of world"]),
-    ("05_lego", [], "mental-4-1", ["spans of mental"]),
+    ("05_lego", [], "mental-4-without-1", ["spans of mental"]),
     ("05_warm_start", [], "story-then-mental-1", ["spans of mental"]),
     ("06_positions", [], "pos-none-1", ["loss on world", "heads"]),
     ("07_heads", [], "inside-4x128-1", ["loss on tinystories", "heads", "neurons"]),

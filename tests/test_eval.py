@@ -349,6 +349,9 @@ def test_what_is_printed_says_which_run_and_what_was_measured(run, in_prepared, 
 def test_stories_without_spans_are_reported_in_one_line(run, fine, capsys):
     eval.main([run, "--dataset=fine", "--only=spans", "--device=cpu"])
     assert capsys.readouterr().out == f"{run}: no spans of fine: its stories have none\n"
+
+
+def test_steps_that_were_not_kept_end_in_one_line(run, capsys):
     assert "--keep=log" in error_of(eval.main, [run, "--only=steps", "--device=cpu"], capsys)
 
 
