@@ -68,7 +68,7 @@ def run_workers(function, tasks, title, workers=None):
     # A terminal sends Ctrl-C to the workers too. They ignore it, and this process stops them.
     pool = ProcessPoolExecutor(workers, initializer=ignore_ctrl_c)
     try:
-        with stop_signals() as signals:  # Python can lose a KeyboardInterrupt while it forks, so it is raised afterwards
+        with stop_signals() as signals:  # Python can lose a KeyboardInterrupt while it forks: it comes afterwards
             results = pool.map(function, *zip(*tasks))
         if signals:
             signal.raise_signal(signals[0])

@@ -261,7 +261,8 @@ CAT = "A cat sat.\n\nIt slept."
     "\n\nWords used in the story: jump, dog",
     "\nFeel free to ask for more. Bye!",
     "\n\nIs there anything else I can help with?", "\n\nIf you'd like another story, just ask!", "\n\n</story>",
-    "\n\nI hope this helps!", "\n\nI hope you enjoy the story I wrote for you!", "\n\nHappy reading!", "\n\nWant another story?",
+    "\n\nI hope this helps!", "\n\nI hope you enjoy the story I wrote for you!", "\n\nHappy reading!",
+    "\n\nWant another story?",
     "\n\nIf you'd like, I can make it longer.", "\n\nIf you want me to change it, just say so.",
     "\n\n(This story uses the words jump and dog.)\n\nDo you want me to write one more?")])
 def test_thoughts_and_small_talk_never_reach_the_corpus(before, after):
