@@ -196,9 +196,9 @@ def write_stories(model, encoding, prompt, max_tokens, seeds, **settings):
     return [ids[1:] + [token for token in row if token != encoding.eot_token] for row in rows]
 
 
-def print_stories(model, encoding, prompt, seeds, best_of, score, **settings):
+def print_stories(model, encoding, prompt, seeds, best_of, found, **settings):
     """Print stories, separated as in a corpus, each batch as soon as it has ended: one for every `best_of` seeds, that
-    with the highest score(text)."""
+    which follows its instructions best. found(text) is {"words": (how many it has, how many were asked for), ...}."""
     at_once = max(1, max_batch(model) // best_of) * best_of
     starts = range(0, len(seeds), at_once)
     separator = ""
@@ -206,7 +206,11 @@ def print_stories(model, encoding, prompt, seeds, best_of, score, **settings):
         batch = write_stories(model, encoding, prompt, seeds=seeds[start:start + at_once], **settings)
         stories = [encoding.decode(ids) for ids in batch]
         for i in range(0, len(stories), best_of):
-            best = max(stories[i:i + best_of], key=score) if best_of > 1 else stories[i]
+            best = stories[i]
+            if best_of > 1:
+                best = max(stories[i:i + best_of], key=lambda text: sum(n / all_ for n, all_ in found(text).values()))
+                shares = ", ".join(f"{n} of {all_} ({name})" for name, (n, all_) in found(best).items())
+                print(f"the best of {best_of} has {shares or 'nothing that can be counted'}", file=sys.stderr)
             tqdm.write(separator + best)
             separator = EOT + "\n"
 
@@ -354,11 +358,12 @@ def main(argv=None):
     elif n_stories == 1:
         stream_story(model, encoding, instructions + prompt, seed=args.seed, **settings)
     else:
-        def score(story):
-            from lab.label import share_followed  # only here: the stages do without the laboratory
-            return share_followed(fields, story.removeprefix(instructions))
+        def found(story):
+            from lab.label import followed  # only here: the stages do without the laboratory
+            counts = followed(fields, story.removeprefix(instructions))
+            return {name: (count, total) for name, (count, total) in counts.items() if total}
         print_stories(model, encoding, instructions + prompt, range(args.seed, args.seed + n_stories), args.best_of,
-                      score, **settings)
+                      found, **settings)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def main(argv=None):
                 longer.append(out_dir)
 
     run("lab.interpret", *runs)
-    grade(runs, only="loss,probes" if real else "loss,spans")
     grade(longer, context=512, only="loss")
+    grade(runs, only="loss,probes" if real else "loss,spans")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 The default model reads as many real stories each time, and with them none of the world, a third as much, or as much. It
 is graded on real stories, on twenty beginnings like those of the interview with the authors (a choice is refused,
 somebody does not like something, or keeps a promise), on data/probes.json, and on the world. The first table has the
-twenty beginnings; the later ones, and eval.json, have data/probes.json in their place.
+twenty beginnings; the last one, and eval.json, have data/probes.json in their place.
 """
 import os
 
-from lesson import ROOT, command_line, grade, prepare, run_main, train, write_world
+from lesson import ROOT, command_line, grade, prepare, run, run_main, train, write_world
 
 REAL = 4_000_000  # tokens of real stories
 BEGINNINGS = os.path.join(ROOT, "course", "13_beginnings.json")
@@ -27,7 +27,7 @@ def main(argv=None):
             runs.append(train(f"out/mix-{name}-{seed}", dataset=dataset, max_tokens=tokens, seed=seed,
                               max_steps=args.max_steps))
     grade(runs, dataset="tinystories", only="probes", probes=BEGINNINGS)
-    grade(runs, dataset="tinystories", only="loss,probes")
+    run("eval.py", *runs, dataset="tinystories", only="loss,probes")
     grade(runs, dataset="told", only="spans")
 
 

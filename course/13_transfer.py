@@ -4,7 +4,7 @@
 both at once, or the world last. All read the same number of tokens of real stories, and are graded on real stories
 and on data/probes.json.
 """
-from lesson import command_line, grade, prepare, run_main, train, write_world
+from lesson import command_line, grade, prepare, run, run_main, train, write_world
 
 REAL, WORLD = 2_000_000, 6_000_000  # tokens of each
 
@@ -23,7 +23,7 @@ def main(argv=None):
                  train(f"out/told-then-real-{seed}", dataset="tinystories", max_tokens=REAL, init_from=told, **same),
                  train(f"out/mixed-{seed}", dataset="tinystories:1,told:3", max_tokens=REAL + WORLD, **same),
                  train(f"out/real-then-told-{seed}", dataset="told", max_tokens=WORLD, init_from=real, **same)]
-    grade(runs, dataset="tinystories", only="loss,probes")
+    run("eval.py", *runs, dataset="tinystories", only="loss,probes")
     grade(runs, dataset="told", only="spans")
 
 

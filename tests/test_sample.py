@@ -141,6 +141,7 @@ def test_talking_to_the_model(run, in_prepared, monkeypatch, capsys):
 @pytest.mark.parametrize("options, expected", [
     (["--out_dir=out/none"], "no checkpoint out/none/ckpt.pt: choose from "),
     (["out/a", "--out_dir=out/b"], "leave out out/a or --out_dir=out/b"),
+    (["--promt=One day"], "did you mean --prompt"),  # with a space in it, too
     (["--temperature=-1"], "--temperature=-1.0 must be at least 0"),
     (["--top_p=0"], "--top_p=0.0 must be at least"),
     (["--interactive", "--prompt=Tim"], "ask for each beginning: leave out"),
@@ -173,10 +174,12 @@ def test_a_model_that_learned_instructions_is_asked_with_them(workplace, capsys)
     sample.main([*options, "--num_samples=8"])
     stories = capsys.readouterr().out.split("<|endoftext|>\n")
     sample.main([*options, "--num_samples=2", "--best_of=4"])
-    best = capsys.readouterr().out.split("<|endoftext|>\n")
+    printed = capsys.readouterr()
+    best = printed.out.split("<|endoftext|>\n")
     scores = [share_followed({"words": "a, s"}, story.partition("Story:\n")[2]) for story in stories]
     assert min(scores[:4]) < max(scores[:4])
     assert [max(scores[:4]), max(scores[4:])] == [scores[stories.index(story)] for story in best]
+    assert f"the best of 4 has {2 * max(scores[:4]):.0f} of 2 (words)" in printed.err
     assert "has not learned instructions" in error_of(sample.main, ["--out_dir=out/plain", "--words=run"], capsys)
 
 
