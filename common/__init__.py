@@ -91,9 +91,10 @@ class CommandLine(argparse.ArgumentParser):
         args = [arg + "=True" if arg in self.switches else arg for arg in args]
         known, unknown = self.parse_known_intermixed_args(args)
         # argparse takes what has a space, such as --promt="One day", for the name of a run
-        unknown += [arg for arg in args if arg.startswith("--") and arg.split("=")[0] not in self._option_string_actions]
+        options = self._option_string_actions
+        unknown += [arg for arg in args if arg.startswith("--") and arg.split("=")[0] not in options]
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
             hint = f"did you mean {near[0]}?" if near else "try --help"
             self.error(f"unknown option {unknown[0]}: {hint}")
         for name in self.ranges:
