@@ -83,7 +83,9 @@ def experiment_of(checkpoint, context):
     settings = {name: value for name, value in checkpoint["args"].items() if name not in (*HOUSEKEEPING, "seed")}
     # out/warm-1 and out/warm-2 are two seeds of one experiment, and so are the runs that start from them
     settings["init_from"] = re.sub(r"-\d{1,2}$", "", settings["init_from"])
-    if not settings["max_minutes"]:
+    if settings["max_minutes"]:
+        settings["compile"] = checkpoint["args"]["compile"]  # by the clock, a faster run is another experiment
+    else:
         settings["step"] = checkpoint["step"]  # one of them may have been stopped early
     return json.dumps({**settings, "context": context})
 

@@ -37,7 +37,7 @@ def test_what_is_counted_in_completions(run, in_prepared, tmp_path):
     found = completions.grade_completions(subject, completed, 60)
     ids = [ids for some in completed for ids in some]
     told = [subject.encoding.decode(row) for row in ids]
-    words = [re.findall(r"\w+", text.lower()) for text in told]
+    words = [re.findall(r"[^\W\d_]+", text.lower()) for text in told]
     assert found["length in words"][0] == pytest.approx(np.mean([len(w) for w in words]))
     fours = [list(zip(w, w[1:], w[2:], w[3:])) for w in words]
     assert found["4-grams that repeat one of the same text"][0] == pytest.approx(

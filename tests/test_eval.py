@@ -282,6 +282,8 @@ def test_runs_that_differ_in_what_they_learn_are_told_apart(run, in_prepared):
     assert experiment() == experiment(seed=7, evals=3, log_interval=1, device="cuda", out_dir="out/x")
     assert experiment(init_from="out/warm-1") == experiment(init_from="out/warm-2", seed=2)
     assert len({experiment(), experiment(step=59), experiment(lr=1), experiment(context=8)}) == 4
+    assert experiment(compile=True) == experiment(compile=False)  # the same loss, sooner
+    assert experiment(compile=True, max_minutes=1) != experiment(compile=False, max_minutes=1)
 
 
 def test_results_of_another_checkpoint_are_dropped(run, in_prepared, capsys):
@@ -351,7 +353,7 @@ def test_stories_without_spans_are_reported_in_one_line(run, fine, capsys):
     assert capsys.readouterr().out == f"{run}: no spans of fine: its stories have none\n"
 
 
-def test_steps_that_were_not_kept_end_in_one_line(run, capsys):
+def test_steps_that_were_not_kept_end_in_one_line(run, in_prepared, capsys):
     assert "--keep=log" in error_of(eval.main, [run, "--only=steps", "--device=cpu"], capsys)
 
 
