@@ -16,6 +16,7 @@ from common import CommandLine, run_main
 
 import sys
 from codecs import getincrementaldecoder
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -196,9 +197,9 @@ def write_stories(model, encoding, prompt, max_tokens, seeds, **settings):
     return [ids[1:] + [token for token in row if token != encoding.eot_token] for row in rows]
 
 
-def print_stories(model, encoding, prompt, seeds, best_of, found, **settings):
-    """Print stories, separated as in a corpus, each batch as soon as it has ended: one for every `best_of` seeds, that
-    which follows its instructions best. found(text) is {"words": (how many it has, how many were asked for), ...}."""
+def print_stories(model, encoding, prompt, seeds, best_of, choose, **settings):
+    """Print stories, separated as in a corpus, each batch as soon as it has ended: one for every `best_of` seeds, which
+    choose(list of texts) returns."""
     at_once = max(1, max_batch(model) // best_of) * best_of
     starts = range(0, len(seeds), at_once)
     separator = ""
@@ -206,13 +207,18 @@ def print_stories(model, encoding, prompt, seeds, best_of, found, **settings):
         batch = write_stories(model, encoding, prompt, seeds=seeds[start:start + at_once], **settings)
         stories = [encoding.decode(ids) for ids in batch]
         for i in range(0, len(stories), best_of):
-            best = stories[i]
-            if best_of > 1:
-                best = max(stories[i:i + best_of], key=lambda text: sum(n / all_ for n, all_ in found(text).values()))
-                shares = ", ".join(f"{n} of {all_} ({name})" for name, (n, all_) in found(best).items())
-                print(f"the best of {best_of} has {shares or 'nothing that can be counted'}", file=sys.stderr)
-            tqdm.write(separator + best)
+            tqdm.write(separator + (choose(stories[i:i + best_of]) if best_of > 1 else stories[i]))
             separator = EOT + "\n"
+
+
+def choose_best(stories, fields, instructions):
+    """Of several stories, the one that follows its instructions best. Says on stderr how much of them it has."""
+    from lab.label import followed, share_followed  # only here: the stages do without the laboratory
+    best = max(stories, key=lambda story: share_followed(fields, story.removeprefix(instructions)))
+    counts = followed(fields, best.removeprefix(instructions))
+    has = ", ".join(f"{count} of {total} ({name})" for name, (count, total) in counts.items() if total)
+    print(f"the best of {len(stories)} has {has or 'nothing that can be counted'}", file=sys.stderr)
+    return best
 
 
 def max_batch(model):
@@ -358,12 +364,9 @@ def main(argv=None):
     elif n_stories == 1:
         stream_story(model, encoding, instructions + prompt, seed=args.seed, **settings)
     else:
-        def found(story):
-            from lab.label import followed  # only here: the stages do without the laboratory
-            counts = followed(fields, story.removeprefix(instructions))
-            return {name: (count, total) for name, (count, total) in counts.items() if total}
+        choose = partial(choose_best, fields=fields, instructions=instructions)
         print_stories(model, encoding, instructions + prompt, range(args.seed, args.seed + n_stories), args.best_of,
-                      found, **settings)
+                      choose, **settings)
 
 
 if __name__ == "__main__":
